@@ -1,0 +1,83 @@
+"""What a run says to a person: the live line, the closing table, the curves."""
+import numpy as np
+
+from data import DOMAINS
+
+
+def by_domain(line: dict, prefix: str) -> dict[str, float]:
+    """{domain: value} of the metrics named <prefix>/<domain>, in DOMAINS' order."""
+    return {d: line[f"{prefix}/{d}"] for d in DOMAINS if f"{prefix}/{d}" in line}
+
+
+def domain_metrics(batch: dict) -> dict[str, float]:
+    """A batch's metrics by domain: mean reward and accuracy of the scored responses; shares of invalid and truncated
+    ones, and of groups whose rewards are all equal (zero_variance); numbers of verifier_errors and of prompts."""
+    found = {}
+    for k in batch["domain"].unique().tolist():
+        mine = {name: batch[name][batch["domain"] == k]
+                for name in ("reward", "correct", "valid", "truncated", "group")}
+        known = ~mine["reward"].isnan()
+        groups = mine["group"].unique()
+        flat = [mine["reward"][known & (mine["group"] == g)].unique().numel() < 2 for g in groups]
+        values = {"reward": mine["reward"][known].mean(), "accuracy": mine["correct"][known].double().mean(),
+                  "invalid": (~mine["valid"]).double().mean(), "truncated": mine["truncated"].double().mean(),
+                  "zero_variance": sum(flat) / len(groups), "verifier_errors": int((~known).sum()),
+                  "prompts": len(groups)}
+        found |= {f"{name}/{DOMAINS[k]}": float(value) for name, value in values.items() if value == value}
+    return found
+
+
+def live_line(line: dict, steps: int, seconds: float, done: int) -> str:
+    """One step in one line: mean reward over domains, accuracy of each, sampler speed, time left."""
+    reward, accuracy = by_domain(line, "reward"), by_domain(line, "accuracy")
+    left = seconds / done * (steps - line["step"])
+    return (f"step {line['step']:4d}/{steps}  reward {np.nanmean(list(reward.values())):+.2f}  "
+            + " ".join(f"{d} {a:.2f}" for d, a in accuracy.items())
+            + f"  {line['tokens_per_s']:,.0f} tok/s  {int(left) // 60}:{int(left) % 60:02d} left")
+
+
+def closing_table(lines: list[dict]) -> str:
+    """Held-out accuracy by domain, before → after, sampled and greedy, and the prompts used for training."""
+    evaluated = [line for line in lines if any(k.startswith("eval/") for k in line)]
+    rows = ["domain      sampled          greedy           prompts trained on"]
+    if not evaluated:
+        return "no held-out prompts: nothing evaluated"
+    trained = {d: sum(line.get(f"prompts/{d}", 0) for line in lines) for d in DOMAINS}
+    total = sum(trained.values()) or 1
+    means = []
+    for d in by_domain(evaluated[0], "eval/greedy"):
+        cells = [[line.get(f"eval/{kind}/{d}", float("nan")) for line in (evaluated[0], evaluated[-1])]
+                 for kind in ("sampled", "greedy")]
+        means.append(cells)
+        rows.append(f"{d:<10}" + "".join(f"  {a:.2f} → {b:.2f}    " for a, b in cells)
+                    + f"  {trained[d]:.0f} ({trained[d] / total:.0%})")
+    rows.append(f"{'mean':<10}" + "".join(f"  {a:.2f} → {b:.2f}    " for a, b in np.mean(means, 0)))
+    return "\n".join(rows)
+
+
+def plot_curves(lines: list[dict], path, title: str) -> None:
+    """Training accuracy by domain, smoothed over a tenth of the run, and their mean; raw values faint."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    trained = [line for line in lines if by_domain(line, "accuracy")]
+    if not trained:
+        return
+    width = max(1, len(trained) // 10)
+    figure, axis = plt.subplots(figsize=(7.2, 4.2), dpi=120)
+    curves = {d: ([x["step"] for x in trained if f"accuracy/{d}" in x],
+                  [x[f"accuracy/{d}"] for x in trained if f"accuracy/{d}" in x]) for d in DOMAINS}
+    curves["mean"] = ([x["step"] for x in trained], [np.mean(list(by_domain(x, "accuracy").values())) for x in trained])
+    for name, (steps, values) in curves.items():
+        if not steps:
+            continue
+        smooth = [np.mean(values[max(0, i - width + 1):i + 1]) for i in range(len(values))]
+        bold = {"lw": 2.6, "color": "black"} if name == "mean" else {"lw": 1.4}
+        drawn, = axis.plot(steps, smooth, label=name, **bold)
+        axis.plot(steps, values, lw=0.5, alpha=0.2, color=drawn.get_color())
+    axis.set(xlabel="step", ylabel="accuracy of sampled responses", ylim=(0, 1.02), title=title)
+    axis.grid(alpha=0.25)
+    axis.legend(ncol=3, frameon=False, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

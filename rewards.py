@@ -1,0 +1,636 @@
+"""Rewards: score(responses, rows) → one Score a response, routed by the row's domain.
+
+Two schemes. "cgpo" (CGPO paper, appendix C.3; the default) and "m2rl" (0/1; the response only needs </think>).
+
+    domain    right                                    wrong   invalid format   source
+    math      1                                        −0.5    −1               C.3, r_math
+    code      1 (all tests)                            −0.5    −1 (or no parse) C.3, r_code
+    science   1 − 0.05·min(| |answer| − |ref| |, 10)    0      −1               C.3, r_qa (lengths in tokens)
+    writing   1 better, 0.25 tie                       −0.5    −1               C.3, r_writing
+    if, agent 1                                        −0.5    −1               not in C.3: math's values
+
+A verifier's or judge's failure is not a wrong answer: reward and correct are None, and the response leaves its group.
+Everything that could hang on a model's text (symbolic equivalence, third-party checkers, code) runs in another process
+that the kernel's timer kills.
+"""
+import ast
+import atexit
+import collections
+import concurrent.futures
+import contextlib
+import json
+import os
+import queue
+import re
+import resource
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import warnings
+from fractions import Fraction
+from typing import NamedTuple
+
+from data import RHYMES, UserError, rng
+
+WORKERS = max(1, min(8, (os.cpu_count() or 2)))
+MATH_SECONDS = 5        # wall-clock limit of one symbolic comparison
+CODE_SECONDS = 5        # wall-clock limit of one program
+CODE_MEMORY = 1 << 30   # bytes of address space
+HTTP_SECONDS = 120
+
+
+class Score(NamedTuple):
+    reward: float | None    # None: the verifier failed, nobody knows
+    correct: bool | None
+    valid: bool             # the format
+    why: str                # the verdict in a word or two; its first word is what metrics count
+
+
+class Verdict(NamedTuple):
+    """What a domain's checker says of one answer. correct None: it could not tell. reward: if it is not two-valued."""
+    correct: bool | None
+    why: str
+    valid: bool = True
+    reward: float | None = None
+
+
+WRONG = {"math": -0.5, "code": -0.5, "science": 0.0, "writing": -0.5, "if": -0.5, "agent": -0.5}
+INVALID = -1.0
+
+
+def score(responses: list[str], rows: list[dict], scheme: str = "cgpo", verifier_url: str = "", judge_url: str = "",
+          count_tokens=lambda text: len(text.split())) -> list[Score]:
+    """One Score a response; rows[i] is the row that responses[i] answers.
+
+    count_tokens: length of a text, for r_qa. Raises UserError for a row no checker can judge (an unknown constraint id;
+    writing without a judge) and for an unknown scheme.
+    """
+    if scheme not in ("cgpo", "m2rl"):
+        raise UserError(f"--reward-scheme {scheme}: not cgpo or m2rl")
+    scores: list[Score | None] = [None] * len(rows)
+    todo = collections.defaultdict(list)
+    answers = {}
+    for i, (response, row) in enumerate(zip(responses, rows, strict=True)):
+        answer, why = extract_answer(response, strict=scheme == "cgpo")
+        if answer is None:
+            scores[i] = Score(INVALID if scheme == "cgpo" else 0.0, False, False, f"format: {why}")
+        else:
+            answers[i] = answer
+            todo["gym" if "gym" in row else row["domain"]].append(i)
+    options = {"verifier_url": verifier_url, "judge_url": judge_url}
+    for domain, members in todo.items():
+        verdicts = CHECKERS[domain]([answers[i] for i in members], [rows[i] for i in members], options)
+        for i, verdict in zip(members, verdicts, strict=True):
+            scores[i] = to_score(verdict, answers[i], rows[i], scheme, count_tokens)
+    return scores
+
+
+def to_score(verdict: Verdict, answer: str, row: dict, scheme: str, count_tokens) -> Score:
+    """The table in the header. r_qa = 1 − 0.05·min(| |o_ans| − |a| |, 10) when right."""
+    correct, why, valid, reward = verdict
+    if correct is None:
+        return Score(None, None, True, why)
+    if scheme == "m2rl":
+        return Score(float(correct), correct, valid, why)
+    if not valid:
+        return Score(INVALID, False, False, why)
+    if reward is None:
+        reward = 1.0 if correct else WRONG[row["domain"]]
+        if correct and row["domain"] == "science":
+            reward -= 0.05 * min(abs(count_tokens(answer) - count_tokens(row["answer"])), 10)
+    return Score(reward, correct, True, why)
+
+
+# ---------------- format ----------------
+
+def extract_answer(response: str, strict: bool = True) -> tuple[str | None, str]:
+    r"""(answer, "") or (None, what is wrong with the format).
+
+    strict (C.3): <think>…</think>, once, first; then one <answer>…</answer> and nothing behind it, or, without answer
+    tags, text with a \boxed{…}. A \boxed{…} inside the answer is unwrapped; of several the last counts.
+    not strict (M2RL): only one </think> is needed; the answer is the tag's or box's content, else all that follows.
+    """
+    text = response.strip()
+    if text.count("</think>") != 1:
+        return None, "no closed <think>" if "</think>" not in text else "several </think>"
+    think, rest = text.split("</think>")
+    if strict and (not think.startswith("<think>") or think.count("<think>") != 1 or "<think>" in rest):
+        return None, "response must begin with one <think>"
+    opened, closed = rest.count("<answer>"), rest.count("</answer>")
+    if (opened, closed) == (1, 1) and rest.index("<answer>") < rest.index("</answer>"):
+        answer, tail = rest.split("<answer>")[1].split("</answer>")
+        if strict and tail.strip():
+            return None, "text behind </answer>"
+    elif opened or closed:
+        return None, "<answer> tags do not pair" if opened != closed else "several <answer>"
+    elif boxed(rest) is None and strict:
+        return None, "no <answer> and no \\boxed"
+    else:
+        answer = rest
+    if strict and ("<answer>" in think or "</answer>" in think):
+        return None, "<answer> inside <think>"
+    inner = boxed(answer)
+    answer = (answer if inner is None else inner).strip()
+    return (answer, "") if answer else (None, "empty answer")
+
+
+def boxed(text: str) -> str | None:
+    r"""Content of the last \boxed{…} (braces balanced), or None."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for end in range(start + 6, len(text)):
+        depth += (text[end] == "{") - (text[end] == "}")
+        if depth == 0:
+            return text[start + 7:end]
+    return None
+
+
+# ---------------- math, and third-party checkers: in worker processes that a timer kills ----------------
+
+class Worker:
+    """`python rewards.py --worker`: a line of JSON in, a line out. The kernel's timer kills it at the time limit."""
+
+    def __init__(self):
+        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"], text=True, bufsize=1,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                        encoding="utf-8", errors="replace")
+
+    def ask(self, job: dict) -> str | None:
+        """The worker's verdict, or None when it died over the job."""
+        try:
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline() or "null")
+        except (BrokenPipeError, json.JSONDecodeError):
+            return None
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+idle_workers: queue.SimpleQueue = queue.SimpleQueue()
+
+
+@atexit.register
+def close_workers():
+    with contextlib.suppress(queue.Empty):
+        while True:
+            idle_workers.get_nowait().close()
+
+
+def ask_workers(jobs: list[dict]) -> list[str]:
+    """"right", "wrong", "error: …", or "timeout" for each job, WORKERS at a time, in order."""
+    def one(job):
+        try:
+            worker = idle_workers.get_nowait()
+        except queue.Empty:
+            worker = Worker()
+        reply = worker.ask(job)
+        if reply is None:
+            worker.close()
+            return "timeout"
+        idle_workers.put(worker)
+        return reply
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        return list(pool.map(one, jobs))
+
+
+def worker_loop():
+    """The worker's side. Imports are not timed; each job is, by a SIGALRM whose default action ends the process."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    checks = {"math": math_equal, "gym": gym_right}
+    for line in sys.stdin:
+        job = json.loads(line)
+        check = checks[job.pop("check")]
+        check(None)  # import
+        signal.setitimer(signal.ITIMER_REAL, MATH_SECONDS)
+        try:
+            reply = "right" if check(job) else "wrong"
+        except Exception as error:  # whatever the third party's code raises on a model's text: the answer is not right
+            reply = f"error: {type(error).__name__}"
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(reply), file=answers, flush=True)
+
+
+def math_equal(job: dict | None) -> bool:
+    """Symbolic equivalence by math-verify; both sides boxed, so that each is read as one expression."""
+    from math_verify import parse, verify
+    if job is None:
+        return False
+    gold, answer = (parse(f"\\boxed{{{job[k].strip('$ ')}}}", parsing_timeout=None) for k in ("gold", "answer"))
+    return bool(gold) and verify(gold, answer, timeout_seconds=None)
+
+
+def gym_right(job: dict | None, sets={}) -> bool:
+    """reasoning-gym's own checker; partial credit (anything under 1) is wrong."""
+    import reasoning_gym
+    if job is None:
+        return False
+    key = (job["task"], job["size"], job["seed"])
+    if key not in sets:
+        sets[key] = reasoning_gym.create_dataset(job["task"], size=job["size"], seed=job["seed"])
+    return sets[key].score_answer(job["answer"], sets[key][job["index"]]) >= 1.0
+
+
+def worker_verdicts(jobs: list[dict]) -> list[Verdict]:
+    return [Verdict(reply == "right", reply) for reply in ask_workers(jobs)]
+
+
+def plain_number(text: str) -> Fraction | None:
+    text = text.strip().strip("$").replace(",", "") if re.fullmatch(r"\$?-?\d{1,3}(,\d{3})+\$?", text.strip()) else text
+    return Fraction(text) if re.fullmatch(r"[-+]?\d{1,40}(\.\d{1,40})?", text.strip()) else None
+
+
+def check_math(answers, rows, options) -> list[Verdict]:
+    """verify_math(o_ans, a): equal texts or plain numbers at once, everything else symbolically."""
+    verdicts: list[Verdict | None] = []
+    for answer, row in zip(answers, rows):
+        a, b = plain_number(answer), plain_number(row["answer"])
+        known = answer == row["answer"].strip() or (a == b if a is not None and b is not None else None)
+        verdicts.append(None if known is None else Verdict(known, "right" if known else "wrong"))
+    open_ = [i for i, verdict in enumerate(verdicts) if verdict is None]
+    jobs = [{"check": "math", "gold": rows[i]["answer"], "answer": answers[i]} for i in open_]
+    for i, verdict in zip(open_, worker_verdicts(jobs)):
+        verdicts[i] = verdict
+    return verdicts
+
+
+def check_gym(answers, rows, options) -> list[Verdict]:
+    return worker_verdicts([{"check": "gym", "answer": answer, **row["gym"]} for answer, row in zip(answers, rows)])
+
+
+# ---------------- code ----------------
+
+def extract_code(answer: str) -> str:
+    """The last fenced block, or the whole answer."""
+    blocks = re.findall(r"```[ \t]*\w*[ \t]*\n(.*?)```", answer, re.DOTALL)
+    return blocks[-1] if blocks else answer
+
+
+def parse_code(code: str) -> ast.Module | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(code)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
+
+
+def check_code(answers, rows, options) -> list[Verdict]:
+    """exec(o_ans) ⊨ unittest. Equal (code, tests) pairs run once."""
+    def one(job):
+        code, tests = job[0], json.loads(job[1])
+        tree = parse_code(code)
+        if tree is None:
+            return Verdict(False, "syntax", valid=False)
+        if "expression" in tests:
+            right = all(evaluate(tree, tests["expression"], x) == y for x, y in zip(tests["inputs"], tests["outputs"]))
+            return Verdict(right, "right" if right else "wrong")
+        return run_program(code, tests)
+    jobs = [(extract_code(answer), json.dumps(row["tests"])) for answer, row in zip(answers, rows)]
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        verdicts = dict(zip(set(jobs), pool.map(one, set(jobs))))
+    return [verdicts[job] for job in jobs]
+
+
+def evaluate(tree: ast.Module, variable: str, value: int) -> int | None:
+    """Value of an arithmetic expression in one variable, by walking its tree; None when it is anything else."""
+    def walk(node):
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        if isinstance(node, ast.Name) and node.id == variable:
+            return value
+        if isinstance(node, ast.BinOp) and type(node.op) in (ast.Add, ast.Sub, ast.Mult):
+            a, b = walk(node.left), walk(node.right)
+            return a + b if isinstance(node.op, ast.Add) else a - b if isinstance(node.op, ast.Sub) else a * b
+        raise ValueError
+    try:
+        return walk(tree.body[0].value) if len(tree.body) == 1 and isinstance(tree.body[0], ast.Expr) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+RUNNER = """
+import json, resource, sys
+job = json.load(sys.stdin)
+resource.setrlimit(resource.RLIMIT_CPU, (job["seconds"], job["seconds"]))
+resource.setrlimit(resource.RLIMIT_AS, (job["memory"], job["memory"]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 24, 1 << 24))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+write = sys.stdout.write
+try:
+    exec(compile(job["program"], "answer", "exec"), {"__name__": "__main__"})
+except BaseException as error:
+    write(job["nonce"] + " " + type(error).__name__)
+else:
+    write(job["nonce"] + " passed")
+"""
+
+
+def run_program(code: str, tests: dict) -> Verdict:
+    """The answer with its tests, each program in a limited process of its own: limits, not a seal (README, limits)."""
+    if "asserts" in tests:
+        programs = [("\n".join((tests.get("setup", ""), code, tests["asserts"])), "", None)]
+    else:
+        programs = [(code, given, wanted) for given, wanted in zip(tests["inputs"], tests["outputs"])]
+    for program, given, wanted in programs:
+        why = run_limited(program, given, wanted)
+        if why != "passed":
+            return Verdict(False, why)
+    return Verdict(True, "right")
+
+
+def run_limited(program: str, given: str, wanted: str | None) -> str:
+    """"passed" or why not. With `wanted`, stdout must equal it, line by line, trailing white space stripped."""
+    nonce = secrets.token_hex(16)
+    if wanted is not None:
+        program = f"import io, sys\nsys.stdin = io.StringIO({given!r})\n" + program
+    job = {"program": program, "seconds": CODE_SECONDS, "memory": CODE_MEMORY, "nonce": nonce}
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen([sys.executable, "-I", "-S", "-c", RUNNER], stdin=subprocess.PIPE, cwd=folder, env={},
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            output = process.communicate(json.dumps(job).encode(), CODE_SECONDS)[0].decode(errors="replace")
+        except subprocess.TimeoutExpired:
+            return "timeout"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    output, _, verdict = output.rpartition(nonce)
+    if verdict.strip() != "passed":
+        return f"exception:{verdict.strip()}" if verdict.strip() else "crashed"
+    if wanted is None:
+        return "passed"
+    got, wanted = ([line.rstrip() for line in text.rstrip().split("\n")] for text in (output, wanted))
+    return "passed" if got == wanted else "assertion"
+
+
+# ---------------- science ----------------
+
+def check_science(answers, rows, options) -> list[Verdict]:
+    """A verifier model by URL, or, without one, the rules of short_answer_equal."""
+    if not options["verifier_url"]:
+        verdicts = [short_answer_equal(answer, row["answer"], row.get("match")) for answer, row in zip(answers, rows)]
+        return [Verdict(right, "right" if right else "wrong") for right in verdicts]
+    prompts = [f"Question: {prompt_text(row)}\n\nGround truth: {row['answer']}\n\nStudent answer: {answer}\n\n"
+               "Is the student's answer the same as the ground truth, whatever its form? Do not solve the question. "
+               "End with the line \"Final Decision: Yes\" or \"Final Decision: No\"."
+               for answer, row in zip(answers, rows)]
+    return [decide(reply, r"Final Decision:\s*\**\s*(Yes|No)", {"yes": True, "no": False}, "verifier")
+            for reply in ask_all(options["verifier_url"], prompts, "verifier")]
+
+
+def decide(reply: str | UserError, pattern: str, meaning: dict, who: str) -> Verdict:
+    """The last match of the pattern in a reply. A failed call, or a reply without one, is not a wrong answer."""
+    if isinstance(reply, UserError):
+        return Verdict(None, f"{who}-error: {reply}")
+    found = re.findall(pattern, reply, re.IGNORECASE)
+    if not found:
+        return Verdict(None, f"{who}-error: no decision in {reply[-80:]!r}")
+    right = meaning[found[-1].lower()]
+    return Verdict(right, "right" if right else "wrong")
+
+
+def normalise(text: str) -> str:
+    text = re.sub(r"\\(text|mathrm)\{(.*?)\}", r"\2", text.lower()).strip(" .$\n\t")
+    return re.sub(r"\s+", " ", re.sub(r"\b(a|an|the)\b|[\"'“”‘’]", " ", text)).strip()
+
+
+NUMBER = re.compile(r"\$?\s*([-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?)\s*\$?\s*(.*)", re.IGNORECASE | re.DOTALL)
+
+
+def short_answer_equal(answer: str, reference: str, match: str | None = None) -> bool:
+    """Option letter (one, its text allowed behind it); number (integers exactly, else 1 %; units must not differ);
+    otherwise equal texts up to case, articles, quotes and white space. match="last-word": only the last word counts."""
+    if match == "last-word":
+        return normalise(answer).split()[-1:] == normalise(reference).split()[-1:]
+    if re.fullmatch(r"\(?[A-Z]\)?\.?", reference.strip()):
+        letters = re.findall(r"(?<![A-Za-z'’])\(?([A-Z])\)?(?=[\s.:),]|$)", answer)
+        begins = re.match(r"\s*(?:option|answer|choice)?\s*:?\s*\(?([A-Za-z])\)?(?:[\s.:),]|$)", answer, re.IGNORECASE)
+        only = begins and set(letters) <= {begins[1].upper()} | ({"A", "I"} if len(answer.split()) > 2 else set())
+        return bool(only) and begins[1].upper() == reference.strip(" ().")
+    a, b = NUMBER.fullmatch(normalise(answer)), NUMBER.fullmatch(normalise(reference))
+    if a and b:
+        x, y = (float(m[1].replace(",", "")) for m in (a, b))
+        tolerance = 1e-9 if re.fullmatch(r"[-+]?[\d,]+", b[1]) else 0.01
+        return abs(x - y) <= tolerance * abs(y) and (a[2] == b[2] or not a[2] or not b[2])
+    return normalise(answer) == normalise(reference)
+
+
+# ---------------- writing ----------------
+
+def check_writing(answers, rows, options) -> list[Verdict]:
+    """Pairwise against the row's reference: better / tie / worse. Only the text after </think> is judged; which of the
+    two is shown first is drawn from the row and the answer."""
+    verdicts = [rhyme_judge(a, row) if row.get("judge") == "rhyme" else None for a, row in zip(answers, rows)]
+    asked = [i for i, verdict in enumerate(verdicts) if verdict is None]
+    if asked and not options["judge_url"]:
+        raise UserError("writing rows need --judge-url, an OpenAI-compatible server (the paper's judge is "
+                        "Qwen2.5-72B-Instruct)")
+    first = {i: bool(rng("judge", rows[i]["id"], answers[i]).integers(2)) for i in asked}
+    prompts = []
+    for i in asked:
+        a, b = (answers[i], rows[i]["reference"]) if first[i] else (rows[i]["reference"], answers[i])
+        prompts.append(f"Compare two responses to a writing task; judge quality, not length or position.\n\n[Task]\n"
+                       f"{prompt_text(rows[i])}\n\n[Response A]\n{a}\n\n[Response B]\n{b}\n\n"
+                       "Explain briefly, then end with [[A]] if A is better, [[B]] if B is better, [[C]] for a tie.")
+    for i, reply in zip(asked, ask_all(options["judge_url"], prompts, "judge")):
+        better = {"a": first[i], "b": not first[i], "c": None}
+        found = re.findall(r"\[\[([ABC])\]\]", reply) if isinstance(reply, str) else []
+        verdicts[i] = pairwise(better[found[-1].lower()]) if found else decide(reply, r"\[\[[ABC]\]\]", {}, "judge")
+    return verdicts
+
+
+def pairwise(better: bool | None) -> Verdict:
+    """r_writing: 1 better, 0.25 tie (better None), −0.5 worse. Only "better" counts as correct."""
+    if better is None:
+        return Verdict(False, "tie", reward=0.25)
+    return Verdict(better, "better" if better else "worse")
+
+
+def rhyme_judge(answer: str, row: dict) -> Verdict:
+    """The toy's judge: distinct words of the topic's family, minus repeats, strangers and words beyond the third."""
+    family = next(words for words in RHYMES.values() if row["topic"] in words)
+
+    def quality(text):
+        words = text.split()
+        rhymes = {word for word in words if word in family and word != row["topic"]}
+        return 2 * len(rhymes) - len(words) - max(0, len(words) - 3)
+    mine, theirs = quality(answer), quality(row["reference"])
+    return pairwise(None if mine == theirs else mine > theirs)
+
+
+# ---------------- if: IFEval's constraints that need no package ----------------
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"\w+", text)
+
+
+def compare(count: int, relation: str | None, limit: int) -> bool:
+    """IFEval's two relations."""
+    if relation not in ("at least", "less than"):
+        raise UserError(f"constraint relation {relation!r}: not \"at least\" or \"less than\"")
+    return count >= limit if relation == "at least" else count < limit
+
+
+def is_json(text: str) -> bool:
+    text = re.sub(r"^```(json)?|```$", "", text.strip(), flags=re.IGNORECASE).strip()
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def paragraphs_by_stars(text: str) -> list[str]:
+    parts = re.split(r"\s?\*\*\*\s?", text)
+    inner = [p for i, p in enumerate(parts) if p.strip() or 0 < i < len(parts) - 1]
+    return inner if all(p.strip() for p in inner) else []
+
+
+def nth_paragraph(text: str, kw: dict) -> bool:
+    parts = [p for p in re.split(r"\n\n", text)]
+    filled = sum(bool(p.strip()) for p in parts)
+    nth = kw["nth_paragraph"]
+    if filled != kw["num_paragraphs"] or nth > len(parts) or not parts[nth - 1].strip():
+        return False
+    word = parts[nth - 1].split()[0].lstrip("'\"")
+    return re.split(r"[.,?!'\"]", word)[0].lower() == kw["first_word"].lower()
+
+
+def postscript(text: str, marker: str) -> bool:
+    pattern = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}.get(marker, re.escape(marker.lower()))
+    return bool(re.search(rf"\s*{pattern}.*$", text.lower(), re.MULTILINE))
+
+
+def highlights(text: str) -> int:
+    return (sum(bool(m.strip("*").strip()) for m in re.findall(r"\*[^\n*]*\*", text))
+            + sum(bool(m.removeprefix("**").removesuffix("**").strip()) for m in re.findall(r"\*\*[^\n*]*\*\*", text)))
+
+
+CONSTRAINTS = {
+    "keywords:existence": lambda t, k: all(re.search(w, t, re.IGNORECASE) for w in k["keywords"]),
+    "keywords:frequency": lambda t, k: compare(
+        len(re.findall(k["keyword"], t, re.IGNORECASE)), k["relation"], k["frequency"]),
+    "keywords:forbidden_words": lambda t, k: not any(
+        re.search(rf"\b{w}\b", t, re.IGNORECASE) for w in k["forbidden_words"]),
+    "keywords:letter_frequency": lambda t, k: compare(
+        t.lower().count(k["letter"].lower()), k["let_relation"], k["let_frequency"]),
+    "length_constraints:number_paragraphs": lambda t, k: len(paragraphs_by_stars(t)) == k["num_paragraphs"],
+    "length_constraints:number_words": lambda t, k: compare(len(words_of(t)), k["relation"], k["num_words"]),
+    "length_constraints:nth_paragraph_first_word": nth_paragraph,
+    "detectable_content:number_placeholders": lambda t, k: len(re.findall(r"\[.*?\]", t)) >= k["num_placeholders"],
+    "detectable_content:postscript": lambda t, k: postscript(t, k["postscript_marker"]),
+    "detectable_format:number_bullet_lists": lambda t, k: len(re.findall(r"^\s*\*[^\*].*$", t, re.MULTILINE))
+        + len(re.findall(r"^\s*-.*$", t, re.MULTILINE)) == k["num_bullets"],
+    "detectable_format:constrained_response": lambda t, k: any(
+        f"My answer is {option}." in t for option in ("yes", "no", "maybe")),
+    "detectable_format:number_highlighted_sections": lambda t, k: highlights(t) >= k["num_highlights"],
+    "detectable_format:multiple_sections": lambda t, k: len(re.split(
+        rf"\s?{k['section_spliter']}\s?\d+\s?", t)) - 1 >= k["num_sections"],
+    "detectable_format:json_format": lambda t, k: is_json(t),
+    "detectable_format:title": lambda t, k: any(m.strip("<>").strip() for m in re.findall(r"<<[^\n]+>>", t)),
+    "combination:two_responses": lambda t, k: len(set(p.strip() for p in t.split("******") if p.strip())) == 2
+        and all(p.strip() for p in t.split("******")[1:-1]),
+    "combination:repeat_prompt": lambda t, k: t.strip().lower().startswith(k["prompt_to_repeat"].strip().lower()),
+    "startend:end_checker": lambda t, k: t.strip().strip('"').lower().endswith(k["end_phrase"].strip().lower()),
+    "startend:quotation": lambda t, k: len(t.strip()) > 1 and t.strip()[0] == t.strip()[-1] == '"',
+    "punctuation:no_comma": lambda t, k: "," not in t,
+    "toy:say": lambda t, k: t == k["mark"].join([k["word"]] * k["count"]),
+}
+
+
+def check_if(answers, rows, options) -> list[Verdict]:
+    """1 iff every constraint is met, strictly. An unknown id raises UserError: skipping it would pay for nothing."""
+    verdicts = []
+    for answer, row in zip(answers, rows):
+        for constraint in row["constraints"]:
+            if constraint["id"] not in CONSTRAINTS:
+                raise UserError(f"row {row['id']}: unknown constraint {constraint['id']}; known: "
+                                f"{', '.join(CONSTRAINTS)}")
+        try:
+            failed = [c["id"] for c in row["constraints"] if not CONSTRAINTS[c["id"]](
+                answer, {k: v for k, v in (c.get("kwargs") or {}).items() if v is not None})]
+        except KeyError as error:
+            raise UserError(f"row {row['id']}: a constraint lacks its argument {error}") from error
+        verdicts.append(Verdict(not failed, f"violates {failed[0]}" if failed else "right"))
+    return verdicts
+
+
+# ---------------- agent: one turn, the calls equal the gold calls ----------------
+
+def read_calls(answer: str) -> list | None:
+    """[{"name", "arguments": {…}}, …] from a JSON list, one JSON object, or <tool_call> blocks; None: unreadable."""
+    blocks = re.findall(r"<tool_call>(.*?)</tool_call>", answer, re.DOTALL)
+    try:
+        calls = [json.loads(block) for block in blocks] if blocks else json.loads(answer)
+        calls = calls if isinstance(calls, list) else [calls]
+        return [{"name": c["name"], "arguments": json.loads(a) if isinstance(a := c.get("arguments", {}), str) else a}
+                for c in calls]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def check_agent(answers, rows, options) -> list[Verdict]:
+    """1 iff the calls equal the gold calls: same order, names and arguments (true is not 1)."""
+    verdicts = []
+    for answer, row in zip(answers, rows):
+        calls, gold = read_calls(answer), read_calls(json.dumps(row["gold_calls"]))
+        if calls is None:
+            verdicts.append(Verdict(False, "unreadable calls", valid=False))
+        else:
+            same = json.dumps(calls, sort_keys=True) == json.dumps(gold, sort_keys=True)
+            verdicts.append(Verdict(same, "right" if same else "wrong"))
+    return verdicts
+
+
+CHECKERS = {"math": check_math, "gym": check_gym, "code": check_code, "science": check_science,
+            "writing": check_writing, "if": check_if, "agent": check_agent}
+
+
+# ---------------- verifier and judge: OpenAI-compatible servers ----------------
+
+def prompt_text(row: dict) -> str:
+    prompt = row["prompt"]
+    return prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt if m["role"] != "system")
+
+
+def http_json(url: str, body: dict | None = None) -> dict:
+    sent = json.dumps(body).encode() if body else None
+    request = urllib.request.Request(url, sent, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=HTTP_SECONDS) as reply:
+        return json.load(reply)
+
+
+def ask_all(base: str, prompts: list[str], who: str, retries: int = 2) -> list[str | UserError]:
+    """One greedy completion a prompt, 16 at a time. A call that fails `retries` + 1 times gives a UserError instead."""
+    base = base.rstrip("/").removesuffix("/v1")
+
+    def one(prompt):
+        for attempt in range(retries + 1):
+            try:
+                model = models.setdefault("id", "") or http_json(f"{base}/v1/models")["data"][0]["id"]
+                models["id"] = model
+                body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
+                return http_json(f"{base}/v1/chat/completions", body)["choices"][0]["message"]["content"] or ""
+            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+                failure = UserError(f"{who} at {base}: {type(error).__name__} {error}")
+        return failure
+    models: dict[str, str] = {}
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        return list(pool.map(one, prompts))
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:
+    worker_loop()

@@ -1,0 +1,154 @@
+"""Supervised fine-tuning: the warm start, −mean log π(response | prompt) over response tokens; and the toy model.
+
+Rows are those of data.py with a "response" (and the token that ends it is trained too).
+
+    python sft.py --model Qwen2.5-0.5B --data demonstrations.jsonl --steps 500
+    python sft.py --model toy                                           # what every script does when the toy is missing
+
+The toy: GPT-2, 2 layers × 128, 0.4 M parameters, its own small byte-pair tokenizer, trained on demonstrations that are
+28 % right; the rest follow a systematic bad habit of their domain (data.py), so that RL has something to unlearn.
+"""
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import data
+from data import UserError, rng
+from grpo import Policy, load_policy, micro_batches, save_checkpoint, take
+
+TOY_MODEL = {"n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": 64, "initializer_range": 0.08, "resid_pdrop": 0.0,
+             "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # range 0.02 trains far slower at this size
+TOY_TRAINING = {"steps": 1600, "batch_rows": 32, "lr": 3e-3, "warmup_steps": 30, "seed": 0, "demonstrations": 51200}
+
+
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-pair encoding over the toy's texts: a word is a token, a digit or sign is one; the tags are whole tokens."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" ?[a-z]+|[^a-z]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tags = ["<think>", "</think>", "<answer>", "</answer>"]
+    texts = sorted({text for row in data.toy_rows() for text in (row["prompt"], row["good"], row["habit"])})
+    for tag in tags:
+        texts = [text.replace(tag, " ") for text in texts]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<eos>", "<unk>"], show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>",
+                                   model_max_length=TOY_MODEL["n_positions"], clean_up_tokenization_spaces=False)
+
+
+def encode(rows: list[dict], tokenizer, limit: int) -> dict[str, torch.Tensor]:
+    """{"ids", "mask"} [B, T] and "length" [B]; the mask covers the response and its end token."""
+    whole, mask = [], []
+    for row in rows:
+        response = tokenizer(row["response"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        whole.append((row["ids"] + response)[:limit])
+        mask.append(([False] * len(row["ids"]) + [True] * len(response))[:limit])
+    T = max(map(len, whole))
+    return {"ids": torch.tensor([ids + [0] * (T - len(ids)) for ids in whole]),
+            "mask": torch.tensor([m + [False] * (T - len(m)) for m in mask]),
+            "length": torch.tensor([len(ids) for ids in whole])}
+
+
+def train(policy, tokenizer, rows: list[dict], steps: int, batch_rows: int, lr: float, warmup_steps: int, seed: int,
+          budget: int, limit: int, betas=(0.9, 0.98), weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """AdamW, linear warm-up, linear decay to 0, clip 1.0. Prints its progress."""
+    optimizer = torch.optim.AdamW(policy.parameters(), lr, betas, weight_decay=weight_decay)
+    started = time.perf_counter()
+    for step, batch_of in zip(range(1, steps + 1), data.batches(rows, batch_rows, data.domain_mix(rows, ""), seed)):
+        batch = encode(batch_of, tokenizer, limit)
+        total = 0.0
+        for index in micro_batches(batch["length"], budget):
+            micro = take(batch, index, policy.model.device)
+            logp_BT, _, _ = policy(micro["ids"], micro["mask"])
+            loss = -logp_BT.sum() / batch["mask"].sum()
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise UserError(f"the gradient's norm is {norm.item()} at step {step}: lower --lr")
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(step / max(1, warmup_steps), 1 - (step - 1) / steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % max(1, steps // 20) == 0 or step == steps:
+            spent = time.perf_counter() - started
+            left = spent / step * (steps - step)
+            print(f"  sft step {step:5d}/{steps}  loss {total:.3f}  {spent:.0f} s, {left:.0f} s left", flush=True)
+    return optimizer
+
+
+def build_toy() -> str:
+    """Path of the toy model, built when it is missing: runs/toy-<hash of all it is built from>/checkpoint."""
+    tokenizer = toy_tokenizer()
+    rows = data.toy_demonstrations(TOY_TRAINING["demonstrations"], TOY_TRAINING["seed"])
+    texts = [(row["prompt"], row["response"]) for row in rows]
+    recipe = [TOY_MODEL, TOY_TRAINING, tokenizer.backend_tokenizer.to_str(), texts]
+    out = data.RUNS / f"toy-{data.hash_of(recipe)[:8]}"
+    if not (out / "checkpoint").exists():
+        print(f"building the toy model (once, under a minute) in {out}")
+        rows = data.encode_prompts(rows, tokenizer, "", TOY_MODEL["n_positions"])
+        with torch.random.fork_rng():
+            torch.manual_seed(TOY_TRAINING["seed"])
+            eos = tokenizer.eos_token_id
+            config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, **TOY_MODEL)
+            policy = Policy(GPT2LMHeadModel(config), len(tokenizer), [eos])
+        settings = {k: TOY_TRAINING[k] for k in ("steps", "batch_rows", "lr", "warmup_steps", "seed")}
+        optimizer = train(policy, tokenizer, rows, budget=4096, limit=TOY_MODEL["n_positions"], **settings)
+        out.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(out, TOY_TRAINING["steps"], policy, tokenizer, optimizer, {})
+    return str(out / "checkpoint")
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = data.Parser(__doc__)
+    add = parser.add_argument
+    add("--model", default="toy", help="a folder, organisation/name, a bare name, or toy (builds it)")
+    add("--data", nargs="+", default=[], help=".jsonl files or folders; every row with a \"response\"")
+    add("--system-prompt", default=data.SYSTEM_PROMPT, help="asks for <think> and <answer>")
+    add("--steps", type=int, default=0, help="updates; 0: one epoch")
+    add("--batch-rows", type=int, default=64, help="rows an update")
+    add("--max-prompt-tokens", type=int, default=1024, help="longer prompts are dropped, and counted")
+    add("--max-tokens", type=int, default=4096, help="prompt and response are cut here")
+    add("--lr", type=float, default=1e-5, help="peak learning rate")
+    add("--warmup-steps", type=int, default=30, help="updates of linear warm-up")
+    add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay")
+    add("--micro-batch-tokens", type=int, default=16384, help="tokens of one forward and backward pass")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of compute; auto: bfloat16 on CUDA")
+    add("--seed", type=int, default=0, help="keys the order of the rows")
+    add("--out", default="", help="folder of the run (default: runs/sft-<model>-<hash of the flags>)")
+    args = parser.parse_args(argv)
+    if args.model != "toy" and not args.data:
+        parser.error(f"--model {args.model} needs --data")
+    return args
+
+
+def main(argv: list[str] | None = None) -> str:
+    args = parse_args(argv)
+    if args.model == "toy":
+        folder = build_toy()
+        print(f"toy model: {folder}")
+        return folder
+    tokenizer, policy = load_policy(data.resolve_model(args.model), args.dtype)
+    rows = data.load_rows(args.data)
+    for row in rows:
+        if not isinstance(row.get("response"), str):
+            raise UserError(f"row {row['id']}: field \"response\" is missing (sft.py trains on it)")
+    rows = data.encode_prompts(rows, tokenizer, args.system_prompt, args.max_prompt_tokens)
+    args.resume = False
+    out = data.open_run(args, "sft")
+    steps = args.steps or max(1, len(rows) // args.batch_rows)
+    print(f"sft · {args.model} · {len(rows)} rows · {steps} updates of {args.batch_rows} rows · {out}")
+    optimizer = train(policy, tokenizer, rows, steps, args.batch_rows, args.lr, args.warmup_steps, args.seed,
+                      args.micro_batch_tokens, args.max_tokens, weight_decay=args.weight_decay)
+    save_checkpoint(out, steps, policy, tokenizer, optimizer, {})
+    print(f"model {out / 'checkpoint'}")
+    return str(out / "checkpoint")
+
+
+if __name__ == "__main__":
+    data.run_main(main)
