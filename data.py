@@ -16,6 +16,7 @@ import functools
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -114,7 +115,8 @@ def open_run(args, algorithm: str) -> Path:
     Two runs with different flags never share a folder: an existing one is only entered by --resume, with the same flags
     (except FREE_FLAGS). Raises UserError otherwise.
     """
-    flags = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS} | {"algorithm": algorithm}
+    flags = json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in FREE_FLAGS}))
+    flags["algorithm"] = algorithm
     out = Path(args.out or RUNS / f"{algorithm}-{Path(args.model).name}-{hash_of(flags)[:6]}")
     if not args.out:
         taken = [out, *(Path(f"{out}-{i}") for i in range(2, 1000))]
@@ -330,7 +332,7 @@ def gym_rows(tasks: list[str], seed: int, size: int = 500) -> list[dict]:
         if task not in DATASETS:
             raise UserError(f"--data gym:{task}: reasoning-gym has no such task; it has {', '.join(sorted(DATASETS))}")
         domain = GYM_DOMAINS.get(DATASETS[task][0].__module__.split(".")[1], "science")
-        with contextlib.redirect_stdout(None):  # some generators print
+        with contextlib.redirect_stdout(io.StringIO()):  # some generators print
             entries = list(reasoning_gym.create_dataset(task, size=size, seed=seed))
         rows += [{"id": f"gym/{task}/{seed}/{i}", "domain": domain, "prompt": entries[i]["question"],
                   "answer": str(entries[i]["answer"]), "gym": {"task": task, "size": size, "seed": seed, "index": i}}
@@ -497,7 +499,8 @@ def toy_rows() -> list[dict]:
         for count in (2, 3, 4, 5):
             for mark in "-+*/":  # habit: always twice
                 add("if", f"say {word} {count} by {mark}", respond(mark.join([word] * count)),
-                    respond(f"{word}{mark}{word}"), constraints=[{"id": "toy:say", "kwargs": {"word": word, "count": count, "mark": mark}}])
+                    respond(f"{word}{mark}{word}"),
+                    constraints=[{"id": "toy:say", "kwargs": {"word": word, "count": count, "mark": mark}}])
     return rows
 
 

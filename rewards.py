@@ -357,8 +357,8 @@ def run_limited(program: str, given: str, wanted: str | None) -> str:
         program = f"import io, sys\nsys.stdin = io.StringIO({given!r})\n" + program
     job = {"program": program, "seconds": CODE_SECONDS, "memory": CODE_MEMORY, "nonce": nonce}
     with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen([sys.executable, "-I", "-S", "-c", RUNNER], stdin=subprocess.PIPE, cwd=folder, env={},
-                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen([sys.executable, "-I", "-S", "-c", RUNNER], cwd=folder, env={},
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
             output = process.communicate(json.dumps(job).encode(), CODE_SECONDS)[0].decode(errors="replace")
         except subprocess.TimeoutExpired:

@@ -1,0 +1,296 @@
+"""Rewards: tables of right, wrong, invalid and tricky responses; the traps other code bases fell into."""
+import http.server
+import json
+import os
+import threading
+import time
+
+import pytest
+
+import data
+import rewards
+from data import UserError
+from rewards import extract_answer, score
+
+
+def wrap(answer: str, think: str = "so") -> str:
+    return f"<think>{think}</think><answer>{answer}</answer>"
+
+
+def one(response: str, row: dict, **kwargs):
+    row = {"id": "r", "prompt": "?", **row}
+    return score([response], [row], **kwargs)[0]
+
+
+MATH = {"domain": "math", "answer": "3"}
+
+
+@pytest.mark.parametrize("response, answer", [
+    ("<think>a</think><answer>3</answer>", "3"),
+    ("<think></think>\n<answer>\n 3 </answer>\n", "3"),
+    ("<think>a</think>So <answer>it is \\boxed{\\frac{1}{2}}</answer>", "\\frac{1}{2}"),
+    ("<think>a</think>Hence \\boxed{1} or rather \\boxed{x^{2}}.", "x^{2}"),
+    ("<think>a</think> hence <answer>a < b</answer>", "a < b"),
+])
+def test_valid_formats(response, answer):
+    assert extract_answer(response) == (answer, "")
+
+
+@pytest.mark.parametrize("response", [
+    "", " ", "3", "<answer>3</answer>", "<think>a<answer>3</answer>", "a</think><answer>3</answer>",
+    "<think>a</think>3", "<think>a</think><answer>3", "<think>a</think>3</answer>", "<think>a</think></answer>3<answer>",
+    "<think>a</think><answer></answer>", "<think>a</think><answer>3</answer><answer>4</answer>",
+    "<think>a<think>b</think></think><answer>3</answer>", "<think>a</think><think>b</think><answer>3</answer>",
+    "<think>a</think><answer>3<answer>4</answer></answer>", "<think><answer>3</answer></think><answer>3</answer>",
+    "<think>a</think><answer>3</answer> and more", "x<think>a</think><answer>3</answer>", "<think>a</think>\\boxed{3",
+    "<think>a</think><answer>\\boxed{}</answer>", "<THINK>a</THINK><answer>3</answer>", "\ud800", "\x00" * 10,
+    "a" * 100_000, "<think>" * 10_000, "<think>a</think>" + "\\boxed{" * 20_000,
+])
+def test_invalid_formats_cost_minus_one(response):
+    assert extract_answer(response)[0] is None
+    found = one(response, MATH)
+    assert found[:3] == (-1.0, False, False) and found.why.startswith("format: ")
+
+
+def test_m2rl_needs_only_the_closing_tag_and_pays_0_or_1():
+    assert one("anything</think>3", MATH, scheme="m2rl")[:3] == (1.0, True, True)
+    assert one("a</think>so \\boxed{3}", MATH, scheme="m2rl").reward == 1.0
+    assert one(wrap("4"), MATH, scheme="m2rl").reward == 0.0
+    assert one("3", MATH, scheme="m2rl")[:3] == (0.0, False, False)
+    science = {"domain": "science", "answer": "Paris"}
+    assert one(wrap("Paris"), science, scheme="m2rl").reward == 1.0
+    with pytest.raises(UserError, match="dapo"):
+        one("", MATH, scheme="dapo")
+
+
+@pytest.mark.parametrize("gold, answer, right", [
+    ("3", "3", True), ("3", "3.0", True), ("1000", "1,000", True), ("3", "4", False), ("-3", "3", False),
+    ("\\frac{1}{2}", "0.5", True), ("\\frac{1}{2}", "$\\dfrac12$", True), ("x^2+2x+1", "(x+1)^2", True),
+    ("\\sqrt{8}", "2\\sqrt{2}", True), ("\\sqrt{2}", "1.5", False), ("\\{1,2\\}", "\\{2,1\\}", True),
+    ("3", "1, 2, 3, 4", False), ("3", "2 or 3", False), ("3", "\\boxed{1}\\boxed{3}", True),
+    ("3", "\\boxed{3}\\boxed{1}", False), ("3", "three hundred words of prose about nothing", False),
+    ("3", "\\text{no answer}", False), ("3", "{" * 500, False), ("12", "12 apples", True),
+])
+def test_math(gold, answer, right):
+    found = one(wrap(answer), {"domain": "math", "answer": gold})
+    assert found[:3] == ((1.0, True, True) if right else (-0.5, False, True))
+
+
+def test_a_pathological_answer_costs_seconds_and_its_neighbours_keep_their_verdicts(monkeypatch):
+    answers = ["10^{10^{10^{10}}}", "\\frac{1}{2}", "\\sum_{k=1}^{10^{12}} \\sin(k)!", "(1+x)^{99999999}", "\\frac{2}{4}"]
+    rows = [{"id": str(i), "domain": "math", "prompt": "?", "answer": "\\frac{1}{2}"} for i in range(len(answers))]
+    started = time.monotonic()
+    found = score([wrap(a) for a in answers], rows)
+    assert [s.correct for s in found] == [False, True, False, False, True]
+    assert "timeout" in [s.why for s in found]
+    assert time.monotonic() - started < 60                              # a hang would be for ever
+
+
+EXPRESSION = {"domain": "code", "tests": {"inputs": [0, 1, 5], "outputs": [6, 8, 16], "expression": "x"}}
+FUNCTION = {"domain": "code", "entry_point": "add", "tests": {"asserts": "assert add(1, 2) == 3\nassert add(-1, 1) == 0"}}
+STDIN = {"domain": "code", "tests": {"inputs": ["1 2\n", "5 6\n"], "outputs": ["3\nok\n", "11\nok"]}}
+
+
+@pytest.mark.parametrize("row, code, reward", [
+    (EXPRESSION, "(x+3)*2", 1.0), (EXPRESSION, "x*2+6", 1.0), (EXPRESSION, "x+3", -0.5), (EXPRESSION, "__import__('os')", -0.5),
+    (EXPRESSION, "y*2+6", -0.5), (EXPRESSION, "x = 3", -0.5), (EXPRESSION, "(x+3)*", -1.0), (EXPRESSION, "9**9**9", -0.5),
+    (FUNCTION, "def add(a, b):\n    return a + b", 1.0), (FUNCTION, "```python\ndef add(a, b):\n    return a + b\n```", 1.0),
+    (FUNCTION, "Here:\n```\ndef add(a, b):\n    return a + b\n```\nDone.", 1.0), (FUNCTION, "def add(a, b):\n    return a", -0.5),
+    (FUNCTION, "def add(a, b) return a", -1.0), (FUNCTION, "def add(a, b):\n    while True: pass", -0.5),
+    (FUNCTION, "import sys\nsys.exit(0)", -0.5), (FUNCTION, "import os\nos._exit(0)", -0.5), (FUNCTION, "\x00", -1.0),
+    (FUNCTION, "-" * 50_000 + "1", -1.0), (FUNCTION, "(" * 50_000, -1.0),
+    (STDIN, "a, b = map(int, input().split())\nprint(a + b)\nprint('ok')", 1.0),
+    (STDIN, "a, b = map(int, input().split())\nprint(a + b)", -0.5),           # a right first line is not enough
+    (STDIN, "a, b = map(int, input().split())\nprint(a + b)\nprint('ok')\nprint('ok')", -0.5),
+])
+def test_code(row, code, reward, monkeypatch):
+    monkeypatch.setattr(rewards, "CODE_SECONDS", 2)
+    found = one(wrap(code), row)
+    assert (found.reward, found.valid) == (reward, reward != -1.0)
+
+
+def test_humaneval_pays_for_all_canonical_solutions_and_for_no_broken_one():
+    rows = data.humaneval_rows()
+    assert len(rows) == 164
+    assert all(s.reward == 1.0 for s in score([wrap(f"```python\n{row['solution']}```") for row in rows], rows))
+    for body in ("return None", "pass", "raise ValueError"):
+        broken = [wrap(f"```python\n{row['tests']['setup'].removesuffix('    pass' + chr(10))}    {body}\n```") for row in rows]
+        assert all(s.reward == -0.5 for s in score(broken, rows))
+
+
+@pytest.mark.parametrize("gold, answer, right", [
+    ("B", "B", True), ("B", "(B)", True), ("B", "B) the blue one", True), ("B", "b", True), ("B", "C", False),
+    ("B", "A B C D", False), ("B", "B or C", False), ("B", "(A) (B)", False), ("B", "blue", False), ("B", "Option B", True),
+    ("3.20", "3.21", True), ("3.20", "3.9", False), ("4", "4", True), ("4", "4.03", False), ("1,000", "1000", True),
+    ("5 m/s", "5", True), ("5 m/s", "5 m/s", True), ("5 m/s", "5 km/h", False), ("2e-3", "0.002", True),
+    ("Paris", "the paris.", True), ("Paris", "not Paris", False), ("Paris", "Rome, Paris, London", False),
+    ("red", "red blue green", False),
+])
+def test_science_without_a_verifier(gold, answer, right):
+    row = {"domain": "science", "answer": gold}
+    found = one(wrap(answer), row)
+    longer = abs(len(answer.split()) - len(gold.split()))
+    assert found[:3] == ((1.0 - 0.05 * longer, True, True) if right else (0.0, False, True))
+
+
+def test_science_pays_less_for_length_down_to_a_half():
+    row = {"domain": "science", "answer": "red", "match": "last-word"}
+    assert [one(wrap(a), row).reward for a in ("red", "i think it is red", "so " * 40 + "red", "red blue")] == [
+        1.0, pytest.approx(0.8), 0.5, 0.0]
+
+
+RHYME = {"domain": "writing", "judge": "rhyme", "topic": "cat", "reference": "bat rat"}
+
+
+@pytest.mark.parametrize("poem, reward", [
+    ("bat hat rat", 1.0), ("hat mat", 0.25), ("bat", -0.5), ("bat dog", -0.5), ("bat bat bat", -0.5),
+    ("bat hat rat mat flat", 1.0), ("bat hat dog log", -0.5), ("cat cat cat", -0.5),
+])
+def test_the_toys_judge(poem, reward):
+    assert one(wrap(poem), RHYME).reward == reward
+
+
+IF_CASES = [  # (id, kwargs, met by, not met by)
+    ("keywords:existence", {"keywords": ["sun", "sea"]}, "Sun and SEA", "sun only"),
+    ("keywords:frequency", {"keyword": "sun", "relation": "at least", "frequency": 2}, "sun sun", "sun"),
+    ("keywords:frequency", {"keyword": "sun", "relation": "less than", "frequency": 2}, "sun", "sun sun"),
+    ("keywords:forbidden_words", {"forbidden_words": ["sun"]}, "sunny", "the sun"),
+    ("keywords:letter_frequency", {"letter": "e", "let_relation": "at least", "let_frequency": 3}, "Eee", "ee"),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "one\n***\ntwo", "one\n\ntwo"),
+    ("length_constraints:number_words", {"relation": "less than", "num_words": 3}, "two words", "now three words"),
+    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"},
+     "first\n\nThen, second", "first\n\nlast then"),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name] and [date]", "[name]"),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "text\nP. S. more", "text"),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n* b", "* a\n* b\n* c"),
+    ("detectable_format:constrained_response", {}, "My answer is yes.", "Yes."),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*a* and *b*", "*a*"),
+    ("detectable_format:multiple_sections", {"section_spliter": "Section", "num_sections": 2},
+     "Section 1\na\nSection 2\nb", "Section 1\na"),
+    ("detectable_format:json_format", {}, "```json\n{\"a\": 1}\n```", "a: 1"),
+    ("detectable_format:title", {}, "<<Ode>>\ntext", "<< >> text"),
+    ("combination:two_responses", {}, "one\n******\ntwo", "one\n******\none"),
+    ("combination:repeat_prompt", {"prompt_to_repeat": "Say hi"}, "say hi. hi", "hi"),
+    ("startend:end_checker", {"end_phrase": "The end."}, "x the END.", "The end. x"),
+    ("startend:quotation", {}, '"all of it"', '"some" of it'),
+    ("punctuation:no_comma", {}, "no comma", "a, b"),
+]
+
+
+@pytest.mark.parametrize("name, kwargs, met, unmet", IF_CASES, ids=[case[0] for case in IF_CASES])
+def test_constraints(name, kwargs, met, unmet):
+    row = {"domain": "if", "constraints": [{"id": name, "kwargs": kwargs | {"unused": None}}]}
+    assert one(wrap(met), row).reward == 1.0
+    assert one(wrap(unmet), row)[:2] == (-0.5, False)
+
+
+def test_all_constraints_must_hold_and_unknown_ones_are_errors():
+    two = [{"id": "punctuation:no_comma"}, {"id": "startend:quotation", "kwargs": None}]
+    assert one(wrap('"a"'), {"domain": "if", "constraints": two}).reward == 1.0
+    assert one(wrap('"a, b"'), {"domain": "if", "constraints": two}).reward == -0.5
+    assert {case[0] for case in IF_CASES} | {"toy:say"} == set(rewards.CONSTRAINTS)
+    with pytest.raises(UserError, match="language:response_language"):
+        one(wrap("a"), {"domain": "if", "constraints": [{"id": "language:response_language"}]})
+    with pytest.raises(UserError, match="num_words"):
+        one(wrap("a"), {"domain": "if", "constraints": [{"id": "length_constraints:number_words",
+                                                          "kwargs": {"relation": "at least"}}]})
+
+
+GOLD = [{"name": "move", "arguments": {"to": "a", "fast": True}}, {"name": "stop", "arguments": "{}"}]
+
+
+@pytest.mark.parametrize("calls, reward", [
+    (json.dumps(GOLD), 1.0),
+    ('[{"name": "move", "arguments": {"fast": true, "to": "a"}}, {"name": "stop"}]', 1.0),
+    ('<tool_call>{"name": "move", "arguments": {"to": "a", "fast": true}}</tool_call><tool_call>{"name": "stop"}</tool_call>', 1.0),
+    ('[{"name": "stop"}, {"name": "move", "arguments": {"to": "a", "fast": true}}]', -0.5),
+    ('[{"name": "move", "arguments": {"to": "a", "fast": 1}}, {"name": "stop"}]', -0.5),
+    ("[]", -0.5), ("move(a)", -1.0), ('[{"arguments": {}}]', -1.0), ("[" * 50_000, -1.0),
+])
+def test_agent(calls, reward):
+    assert one(wrap(calls), {"domain": "agent", "gold_calls": GOLD}).reward == reward
+
+
+def test_gym_rows_are_scored_by_their_own_checker_without_partial_credit():
+    rows = data.gym_rows(["chain_sum", "leg_counting"], seed=1, size=3)
+    assert {row["domain"] for row in rows} == {"math"}
+    assert all(s.reward == 1.0 for s in score([wrap(row["answer"]) for row in rows], rows))
+    assert all(s.reward == -0.5 for s in score([wrap(row["answer"] + "1") for row in rows], rows))
+
+
+# ---------------- verifier and judge ----------------
+
+@pytest.fixture
+def server():
+    """An OpenAI-compatible server that answers with server.reply(prompt); an int is an HTTP error, None hangs up."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def send(self, body):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def do_GET(self):
+            self.send({"data": [{"id": "judge-model"}]})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert body["model"] == "judge-model" and body["temperature"] == 0
+            reply = self.server.reply(body["messages"][0]["content"])
+            if isinstance(reply, int):
+                self.send_error(reply)
+            elif reply is not None:
+                self.send({"choices": [{"message": {"content": reply}}]})
+
+        def log_message(self, *args):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_verifier_decides_and_its_failures_are_not_wrong_answers(server):
+    row = {"domain": "science", "prompt": "Why?", "answer": "the truth"}
+    replies = {"yes": "Both agree.\nFinal Decision: Yes", "no": "Final Decision: **No**", "mute": "hm", "broken": 500, "gone": None}
+    server.reply = lambda text: replies[text.split("Student answer: ")[1].split("\n")[0]]
+    found = score([wrap(name) for name in replies], [{"id": "r", **row}] * 5, verifier_url=server.url)
+    assert [s.reward for s in found] == [0.95, 0.0, None, None, None]   # "yes" is a word shorter than the truth
+    assert [s.correct for s in found] == [True, False, None, None, None]
+    assert all(s.why.startswith("verifier-error") for s in found[2:])
+    refused = score([wrap("yes")], [{"id": "r", **row}], verifier_url="http://127.0.0.1:9")[0]
+    assert refused.reward is None and "refused" in refused.why
+    assert score(["no format"], [{"id": "r", **row}], verifier_url="http://127.0.0.1:9")[0].reward == -1.0
+
+
+def test_the_judge_sees_answers_only_in_drawn_order(server):
+    rows = [{"id": str(i), "domain": "writing", "prompt": "Write.", "reference": "PLAIN"} for i in range(40)]
+    seen = []
+
+    def prefer(what):
+        def reply(text):
+            seen.append(text)
+            first = text.split("[Response A]\n")[1].split("\n")[0]
+            return "[[C]]" if what is None else "so [[A]]" if first == what else "so [[B]]"
+        return reply
+    server.reply = prefer("FINE")
+    found = score([wrap("FINE", think="SECRET")] * 40, rows, judge_url=server.url)
+    assert {s.reward for s in found} == {1.0} and not any("SECRET" in text for text in seen)
+    firsts = [text.index("FINE") < text.index("PLAIN") for text in seen]
+    assert 5 < sum(firsts) < 35                                         # both orders occur
+    server.reply = prefer("PLAIN")
+    assert {s[:2] for s in score([wrap("FINE")] * 40, rows, judge_url=server.url)} == {(-0.5, False)}
+    server.reply = prefer(None)
+    assert {s[:2] for s in score([wrap("FINE")] * 3, rows[:3], judge_url=server.url)} == {(0.25, False)}
+    with pytest.raises(UserError, match="--judge-url"):
+        score([wrap("FINE")], rows[:1])
+
+
+def test_no_worker_or_file_is_left_behind():
+    one(wrap("\\frac{2}{2}"), {"domain": "math", "answer": "1"})
+    one(wrap("open('left-behind', 'w').write('x')\ndef add(a, b):\n    return a + b"), FUNCTION)
+    assert not os.path.exists("left-behind")
+    rewards.close_workers()
+    children = open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read().split()
+    assert not any("rewards.py" in open(f"/proc/{pid}/cmdline").read() for pid in children)

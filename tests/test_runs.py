@@ -1,0 +1,362 @@
+"""Whole runs: they learn, leave what they should, resume exactly, and fail in one line."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import cgpo
+import data
+import grpo
+import sft
+from conftest import ROOT, make_policy, tiny_model
+
+ALGORITHMS = {"grpo": grpo, "cgpo": cgpo}
+
+
+def metrics(out, timings=False) -> list[dict]:
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return lines if timings else [{k: v for k, v in line.items() if not k.startswith(("seconds/", "tokens_per_s"))}
+                                  for line in lines]
+
+
+def mean_accuracy(line: dict) -> float:
+    return float(np.mean([v for k, v in line.items() if k.startswith("eval/sampled/")]))
+
+
+def run(script: str, *flags, **kwargs):
+    return subprocess.run([sys.executable, script, *map(str, flags)], cwd=ROOT, capture_output=True, text=True, **kwargs)
+
+
+# ---------------- learning ----------------
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_accuracy_rises_on_held_out_toy_prompts(name, toy, tmp_path, capsys):
+    out = ALGORITHMS[name].main(["--steps", "25", "--out", str(tmp_path / "run")])
+    lines = metrics(out, timings=True)
+    assert [line["step"] for line in lines] == list(range(26))
+    assert mean_accuracy(lines[-1]) > mean_accuracy(lines[0]) + 0.25
+    domains = ("math", "code", "science", "writing", "if")
+    for line in lines[1:]:
+        for kind in ("reward", "accuracy", "invalid", "truncated", "zero_variance", "verifier_errors", "prompts"):
+            assert {f"{kind}/{d}" for d in domains} <= line.keys()
+        assert {"loss", "kl", "entropy", "clip_fraction", "grad_norm", "mismatch/mean", "mismatch/max", "tokens_per_s",
+                "seconds/rollout", "seconds/reward", "seconds/update"} <= line.keys()
+        assert line["mismatch/max"] < 1e-4 and [line[f"prompts/{d}"] for d in domains] == [4] * 5
+    printed = capsys.readouterr().out
+    assert "20 prompts × 8 samples = 160 responses" in printed and "step   25/25" in printed and "→" in printed
+    assert (out / "curves.png").stat().st_size > 10_000
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert {"step", "prompt", "response", "reward", "verdict"} <= samples[0].keys()
+    assert json.loads((out / "args.json").read_text())["algorithm"] == name
+    model = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
+    start = AutoModelForCausalLM.from_pretrained(toy)
+    assert all((a != b).any() for a, b in zip(model.parameters(), start.parameters()))
+    assert AutoTokenizer.from_pretrained(out / "checkpoint")("poem on cat").input_ids == (
+        AutoTokenizer.from_pretrained(toy)("poem on cat").input_ids)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_nothing_is_learned_from_advantages_shuffled_across_rows(name, toy, tmp_path, monkeypatch):
+    module = ALGORITHMS[name]
+    honest = module.advantages
+
+    def shuffled(batch, args):
+        advantage_B = honest(batch, args).sum(1) / batch["mask"].sum(1)
+        order = torch.randperm(len(advantage_B), generator=torch.Generator().manual_seed(0))
+        return advantage_B[order][:, None] * batch["mask"]
+    monkeypatch.setattr(module, "advantages", shuffled)
+    lines = metrics(module.main(["--steps", "25", "--out", str(tmp_path / "run")]))
+    assert mean_accuracy(lines[-1]) < mean_accuracy(lines[0]) + 0.1
+
+
+def test_grpo_and_one_domain_cgpo_give_the_same_run(toy, tmp_path):
+    common = ["--domains", "math", "--steps", "3", "--lr", "3e-4", "--batch-prompts", "8", "--mini-batch-prompts", "4"]
+    a = metrics(grpo.main([*common, "--out", str(tmp_path / "a")]))
+    b = metrics(cgpo.main([*common, "--out", str(tmp_path / "b"), "--alpha", "1"]))
+    assert a == b and len(a) == 4
+
+
+def test_several_mini_batches_take_the_ratio_off_one(toy, tmp_path):
+    lines = metrics(grpo.main(["--steps", "2", "--mini-batch-prompts", "5", "--lr", "3e-3", "--warmup-steps", "2",
+                               "--out", str(tmp_path / "run")]))
+    assert lines[2]["clip_fraction"] > 0 and lines[1]["kl"] >= 0
+
+
+@pytest.mark.parametrize("flags", [["--beta", "0"], ["--reward-scheme", "m2rl"], ["--loss-norm", "token"],
+                                   ["--dtype", "bfloat16"], ["--eval-every", "1", "--eval-domains", "math"]])
+def test_flags(flags, toy, tmp_path):
+    out = grpo.main(["--steps", "2", "--out", str(tmp_path / "run"), *flags])
+    lines = metrics(out)
+    assert ("kl" in lines[1]) == ("--beta" not in flags) and len(lines) == 3
+    if "m2rl" in flags:
+        assert all(0 <= v <= 1 for k, v in lines[1].items() if k.startswith("reward/"))
+    if "--eval-every" in flags:
+        assert [k for k in lines[1] if k.startswith("eval/sampled")] == ["eval/sampled/math"]
+    moved = AutoModelForCausalLM.from_pretrained(out / "checkpoint").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(toy).state_dict()
+    assert any((moved[k] != start[k]).any() for k in start)
+
+
+# ---------------- other models and data ----------------
+
+def test_real_rows_and_architectures_with_a_chat_template(architecture, tiny_folder, tmp_path):
+    rows = [{"domain": "math", "prompt": f"{a}+{b}=?", "answer": str(a + b)} for a in range(1, 5) for b in range(1, 5)]
+    rows += [{"domain": "science", "prompt": [{"role": "user", "content": f"hue of dedu {i}?"}], "answer": "red"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = tiny_folder(architecture)
+    out = cgpo.main(["--model", str(folder), "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "run"),
+                     "--batch-prompts", "6", "--mini-batch-prompts", "3", "--group-size", "2", "--max-new-tokens", "8",
+                     "--max-prompt-tokens", "100", "--system-prompt", "i think", "--eval-prompts", "1", "--lr", "1e-3"])
+    assert len(metrics(out)) == 1 + (len(rows) - 2) // 6                # one epoch of what is not held out
+    saved = AutoModelForCausalLM.from_pretrained(out / "checkpoint")
+    assert saved.config.model_type == architecture
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert all("think" in sample["prompt"] for sample in samples)       # the system prompt came in by the template
+
+
+@pytest.mark.parametrize("source", ["humaneval", "gym:chain_sum,syllogism"])
+def test_third_party_prompts(source, tiny_folder, tmp_path):
+    tiny_folder("gpt2")
+    tiny_model("gpt2", vocab=len(sft.toy_tokenizer()), positions=2048).save_pretrained(tmp_path / "gpt2")
+    out = grpo.main(["--model", str(tmp_path / "gpt2"), "--data", source, "--out", str(tmp_path / "run"), "--steps", "1",
+                     "--batch-prompts", "4", "--mini-batch-prompts", "4", "--group-size", "2", "--max-new-tokens", "8",
+                     "--eval-prompts", "2", "--eval-samples", "1", "--max-prompt-tokens", "2000"])
+    domains = {k for k in metrics(out)[1] if k.startswith("accuracy/")}
+    assert domains == ({"accuracy/code"} if source == "humaneval" else {"accuracy/math", "accuracy/science"})
+
+
+def test_the_sampler_follows_the_policys_distribution(architecture):
+    """Frequencies of the first token against the model's own softmax, and log-probs against a forward pass."""
+    policy = make_policy(architecture)
+    prompts = [[5, 6, 7], [8]]
+    N = 4000
+    uniform = torch.rand(2 * N, 3, generator=torch.Generator().manual_seed(1))
+    tokens, logps, lengths = grpo.generate(policy, prompts, uniform, 1.0)
+    for p, prompt in enumerate(prompts):
+        with torch.no_grad():
+            expected = torch.softmax(policy.model(torch.tensor([prompt])).logits[0, -1], -1)
+        seen = torch.bincount(tokens[p * N:(p + 1) * N, 0], minlength=40) / N
+        assert (seen - expected).abs().max() < 0.03
+    for b in (0, 1, N, 2 * N - 1):
+        ids = torch.tensor([prompts[b // N] + tokens[b, :lengths[b]].tolist()])
+        mask = torch.arange(ids.shape[1])[None] >= len(prompts[b // N])
+        assert torch.allclose(policy(ids, mask)[0][0, mask[0]], logps[b, :lengths[b]], atol=1e-4)
+    for length, row in zip(lengths, tokens):
+        assert 0 not in row[:length - 1]                                # nothing after the end token
+
+
+def test_samples_do_not_depend_on_the_rest_of_the_batch_and_generate_agrees(architecture):
+    policy = make_policy(architecture)
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    uniform = torch.rand(12, 6, generator=torch.Generator().manual_seed(2))
+    tokens, logps, lengths = grpo.generate(policy, prompts, uniform, 1.0)
+    alone = grpo.generate(policy, prompts[1:2], uniform[4:8], 1.0)
+    assert torch.equal(alone[0], tokens[4:8]) and torch.equal(alone[2], lengths[4:8])
+    ids = torch.tensor([[0] * (5 - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (5 - len(p)) + [1] * len(p) for p in prompts])
+    with torch.no_grad():
+        slow = grpo.generate_slowly(policy, ids, mask, uniform, 1.0)
+    inside = torch.arange(6) < lengths[:, None]
+    assert torch.equal(slow[2], lengths) and torch.equal(slow[0] * inside, tokens * inside)
+    assert torch.allclose(slow[1] * inside, logps, atol=1e-4)
+
+
+def test_rollout_keeps_every_end_token_and_duplicate_rows_get_their_own_samples(monkeypatch):
+    policy = make_policy()
+    policy.stop_ids = [0, 3]                                            # as Qwen: two ids end a turn
+    tokenizer = sft.toy_tokenizer()
+    row = {"id": "a", "domain": "math", "prompt": "?", "answer": "1", "ids": [5, 6], "opened": ""}
+    batch, _, _ = grpo.rollout(policy, tokenizer, [row, row], 4, (0, 1), 1.0, sft_args(5))
+    texts = [tuple(line[mask].tolist()) for line, mask in zip(batch["ids"], batch["mask"])]
+    assert len(set(texts)) >= 7
+    out = torch.tensor([[7, 0, 9, 9, 9], [7, 8, 3, 9, 9], [7, 8, 9, 9, 9], [0, 9, 9, 9, 9]])
+    monkeypatch.setattr(grpo, "generate", lambda *_: (out, torch.zeros(4, 5), torch.tensor([2, 3, 5, 1])))
+    batch, _, _ = grpo.rollout(policy, tokenizer, [row], 4, (0, 1), 1.0, sft_args(5))
+    assert batch["truncated"].tolist() == [False, False, True, False]
+    assert [line[mask].tolist() for line, mask in zip(batch["ids"], batch["mask"])] == [[7, 0], [7, 8, 3], [7, 8, 9, 9, 9], [0]]
+
+
+def sft_args(tokens):
+    return grpo.parse_args(["--max-new-tokens", str(tokens)])
+
+
+def test_a_failed_verifier_leaves_the_update(toy, tmp_path, monkeypatch):
+    honest = grpo.rewards.score
+
+    def failing(texts, rows, *rest):
+        return [s._replace(reward=None, correct=None, why="verifier-error: x") if i % 2 or r["domain"] == "if" else s
+                for i, (s, r) in enumerate(zip(honest(texts, rows, *rest), rows))]
+    monkeypatch.setattr(grpo.rewards, "score", failing)
+    seen = []
+    update = grpo.update
+    monkeypatch.setattr(grpo, "update", lambda policy, optimizer, batch, *rest: (
+        seen.append(batch), update(policy, optimizer, batch, *rest))[1])
+    line = metrics(grpo.main(["--steps", "1", "--out", str(tmp_path / "run")]))[1]
+    assert line["verifier_errors/if"] == 32 and line["verifier_errors/math"] == 16
+    assert "accuracy/if" not in line and "accuracy/math" in line and np.isfinite(line["loss"])
+    assert len(seen[0]["reward"]) == 64 and not seen[0]["reward"].isnan().any()
+
+
+# ---------------- sft ----------------
+
+def test_sft_trains_on_responses_and_their_end(tiny_folder, tmp_path):
+    folder = tiny_folder("gpt2", chat=False)
+    rows = [{"domain": "math", "prompt": "1+1=?", "answer": "2", "response": "<think></think><answer>2</answer>"}] * 4
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    saved = sft.main(["--model", str(folder), "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "run"),
+                      "--system-prompt", "", "--steps", "40", "--batch-rows", "4", "--lr", "1e-2", "--warmup-steps", "2"])
+    tokenizer, policy = grpo.load_policy(saved, "float32")
+    ids = tokenizer("1+1=?").input_ids
+    tokens, _, length = grpo.generate(policy, [ids], torch.zeros(1, 12), 0.0)
+    assert tokenizer.decode(tokens[0, :length[0]]) == "<think></think><answer>2</answer><eos>"
+
+
+# ---------------- kill and resume ----------------
+
+SHORT = ("--steps", 8, "--save-every", 2, "--batch-prompts", 10, "--mini-batch-prompts", 5, "--eval-every", 3,
+         "--eval-samples", 1, "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def whole_run(toy, tmp_path_factory):
+    """{algorithm: folder} of uninterrupted runs."""
+    folders = {}
+    for name in ALGORITHMS:
+        folders[name] = tmp_path_factory.mktemp(name) / "whole"
+        done = run(f"{name}.py", *SHORT, "--out", folders[name])
+        assert done.returncode == 0, done.stderr
+    return folders
+
+
+def assert_same_run(a: Path, b: Path):
+    assert metrics(a) == metrics(b)
+    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
+    assert (a / "checkpoint/model.safetensors").read_bytes() == (b / "checkpoint/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_kill_9_mid_run_then_resume_repeats_the_numbers(name, whole_run, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, f"{name}.py", *map(str, SHORT), "--out", out], cwd=ROOT,
+                               stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step    5"):
+            break
+    process.kill()
+    process.wait()
+    assert len(metrics(out)) < 9
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "los')                                  # a line cut by the kill
+    done = run(f"{name}.py", *SHORT, "--out", out, "--resume")
+    assert done.returncode == 0 and "resumed after step 4" in done.stdout, done.stderr
+    assert_same_run(out, whole_run[name])
+
+
+KILL_IN_SAVE = """
+import os, signal, sys, torch
+import {name}
+save, calls = torch.save, []
+def save_half(value, path):
+    calls.append(path)
+    if len(calls) == 3:
+        open(path, "wb").write(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(value, path)
+torch.save = save_half
+{name}.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_kill_9_mid_save_leaves_the_last_whole_checkpoint(name, whole_run, tmp_path):
+    out = tmp_path / "run"
+    killed = run("-c", KILL_IN_SAVE.format(name=name), *SHORT, "--out", out)
+    assert killed.returncode == -signal.SIGKILL
+    assert torch.load(out / "checkpoint/trainer.pt", weights_only=True)["step"] == 4
+    done = run(f"{name}.py", *SHORT, "--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(out, whole_run[name])
+    assert sorted(p.name for p in out.iterdir()) == ["args.json", "checkpoint", "checkpoint-000008", "curves.png",
+                                                     "metrics.jsonl", "samples.jsonl"]
+
+
+def test_resuming_a_finished_run_with_more_steps_goes_on(whole_run, tmp_path):
+    data.shutil.copytree(whole_run["grpo"], tmp_path / "run", symlinks=True)
+    text = (tmp_path / "run/args.json").read_text()
+    longer = [*map(str, SHORT), "--out", str(tmp_path / "run"), "--resume"]
+    longer[1] = "9"
+    grpo.main(longer)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(10)) and "--resume" not in text
+
+
+# ---------------- errors: one line, non-zero, nothing half-written ----------------
+
+def fails(argv, capsys, module=grpo) -> str:
+    """The one line a script ends with; its exit status is not 0."""
+    sys_argv, sys.argv = sys.argv, ["grpo.py", *argv]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            data.run_main(module.main)
+    finally:
+        sys.argv = sys_argv
+    line = capsys.readouterr().err if isinstance(stop.value.code, int) else stop.value.code
+    assert stop.value.code != 0 and line.strip().count("\n") == 0 and line.startswith(("grpo.py", "pytest", "__main__"))
+    return line
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--alpha", "1"], "unrecognized arguments: --alpha"), (["--step", "1"], "unrecognized arguments: --step"),
+    (["--steps", "x"], "invalid int value"), (["--domains", "poetry"], "--domains poetry: not one of"),
+    (["--eval-domains", "poetry"], "--eval-domains poetry: not one of"),
+    (["--domains", "agent"], "no row of this domain"), (["--domain-mix", "agent=1"], "no row of this domain"),
+    (["--group-size", "1"], "at least 2 responses"), (["--mini-batch-prompts", "7"], "does not divide"),
+    (["--lr", "-1"], "--lr -1.0: must be positive"), (["--max-new-tokens", "100"], "exceed the model's context of 64"),
+    (["--max-prompt-tokens", "2"], "every prompt is longer than"), (["--data", "nowhere.jsonl"], "no such file"),
+    (["--model", "Qwen2.5-7B-Instruct"], "needs --data"), (["--model", "no-such-family", "--data", "toy"], "tried a folder"),
+    (["--model", "Qwen2.5-7B-Instruct", "--data", "toy"], "Qwen2.5-7B-Instruct"),
+    (["--out", "/proc/nowhere"], "/proc/nowhere"), (["--resume", "--out", "nowhere"], "holds no run"),
+])
+def test_bad_input_is_one_line(argv, message, toy, capsys):
+    before = set(os.listdir("."))
+    assert message in fails(argv, capsys)
+    assert set(os.listdir(".")) == before
+
+
+def test_a_malformed_line_7_is_named(toy, tmp_path, capsys):
+    good = json.dumps({"domain": "math", "prompt": "1", "answer": "1"})
+    (tmp_path / "rows.jsonl").write_text("\n".join([good] * 6 + ["{"]))
+    assert "rows.jsonl line 7: not JSON" in fails(["--data", str(tmp_path / "rows.jsonl")], capsys)
+    (tmp_path / "rows.jsonl").write_text("")
+    assert "no rows in this file" in fails(["--data", str(tmp_path / "rows.jsonl")], capsys)
+
+
+NO_SPACE = """
+import resource, signal, sys
+import data, grpo
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+data.run_main(grpo.main)
+"""
+
+
+def test_no_space_on_the_device(toy, tmp_path):
+    out = tmp_path / "run"
+    done = run("-c", NO_SPACE, "--steps", 2, "--eval-prompts", 0, "--out", out)
+    assert done.returncode == 1 and "cannot save" in done.stderr.splitlines()[-1]
+    assert sorted(p.name for p in out.iterdir()) == ["args.json", "metrics.jsonl", "samples.jsonl"]
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_one_line(toy):
+    started = time.monotonic()
+    done = run("cgpo.py", "--model", "Qwen2.5-7B-Instruct", "--data", "toy", env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("cgpo.py: --model Qwen/Qwen2.5-7B-Instruct: cannot load it")
+    assert time.monotonic() - started < 60
