@@ -458,13 +458,16 @@ def main(argv: list[str] | None = None) -> Path:
     tokenizer, policy = load_policy(name, args.dtype)
     policy.temperature = args.temperature
     train_rows, eval_rows = data.train_and_eval_rows(args, tokenizer, policy.model.config.max_position_embeddings)
+    rewards.check_rows(train_rows + eval_rows, args.judge_url)
     mix = data.domain_mix(train_rows, args.domain_mix)
     steps = args.steps or max(1, len(train_rows) // args.batch_prompts)
     minis = args.batch_prompts // args.mini_batch_prompts
     out = data.open_run(args, ALGORITHM)
     reference = copy.deepcopy(policy).requires_grad_(False) if args.beta else None
     if args.resume and (out / "checkpoint").exists():
-        policy.model.load_state_dict(AutoModelForCausalLM.from_pretrained(out / "checkpoint").state_dict())
+        saved = AutoModelForCausalLM.from_pretrained(out / "checkpoint", dtype=torch.float32)
+        policy.model.load_state_dict(saved.state_dict())
+        del saved
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, args.adam_betas, weight_decay=args.weight_decay)
     state = init_state(args, policy)
     start = load_trainer(out / "checkpoint", optimizer, state) if args.resume and (out / "checkpoint").exists() else 0

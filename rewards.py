@@ -71,6 +71,7 @@ def score(responses: list[str], rows: list[dict], scheme: str = "cgpo", verifier
     """
     if scheme not in ("cgpo", "m2rl"):
         raise UserError(f"--reward-scheme {scheme}: not cgpo or m2rl")
+    check_rows(rows, judge_url)
     scores: list[Score | None] = [None] * len(rows)
     todo = collections.defaultdict(list)
     answers = {}
@@ -87,6 +88,18 @@ def score(responses: list[str], rows: list[dict], scheme: str = "cgpo", verifier
         for i, verdict in zip(members, verdicts, strict=True):
             scores[i] = to_score(verdict, answers[i], rows[i], scheme, count_tokens)
     return scores
+
+
+def check_rows(rows: list[dict], judge_url: str) -> None:
+    """Raise UserError, before anything is sampled, for rows that no checker here can judge."""
+    for row in rows:
+        if row["domain"] == "writing" and row.get("judge") != "rhyme" and not judge_url:
+            raise UserError("writing rows need --judge-url, an OpenAI-compatible server (the paper's judge is "
+                            "Qwen2.5-72B-Instruct)")
+        for constraint in row.get("constraints", []):
+            if constraint["id"] not in CONSTRAINTS:
+                raise UserError(f"row {row['id']}: unknown constraint {constraint['id']}; known: "
+                                f"{', '.join(CONSTRAINTS)}")
 
 
 def to_score(verdict: Verdict, answer: str, row: dict, scheme: str, count_tokens) -> Score:
@@ -424,7 +437,8 @@ def short_answer_equal(answer: str, reference: str, match: str | None = None) ->
     if a and b:
         x, y = (float(m[1].replace(",", "")) for m in (a, b))
         tolerance = 1e-9 if re.fullmatch(r"[-+]?[\d,]+", b[1]) else 0.01
-        return abs(x - y) <= tolerance * abs(y) and (a[2] == b[2] or not a[2] or not b[2])
+        bare_unit = not b[2] and re.fullmatch(r"[^\s\d,;]{1,12}", a[2])  # a word, never "or 4"
+        return abs(x - y) <= tolerance * abs(y) and bool(a[2] == b[2] or not a[2] or bare_unit)
     return normalise(answer) == normalise(reference)
 
 
@@ -435,9 +449,6 @@ def check_writing(answers, rows, options) -> list[Verdict]:
     two is shown first is drawn from the row and the answer."""
     verdicts = [rhyme_judge(a, row) if row.get("judge") == "rhyme" else None for a, row in zip(answers, rows)]
     asked = [i for i, verdict in enumerate(verdicts) if verdict is None]
-    if asked and not options["judge_url"]:
-        raise UserError("writing rows need --judge-url, an OpenAI-compatible server (the paper's judge is "
-                        "Qwen2.5-72B-Instruct)")
     first = {i: bool(rng("judge", rows[i]["id"], answers[i]).integers(2)) for i in asked}
     prompts = []
     for i in asked:
@@ -552,13 +563,9 @@ CONSTRAINTS = {
 
 
 def check_if(answers, rows, options) -> list[Verdict]:
-    """1 iff every constraint is met, strictly. An unknown id raises UserError: skipping it would pay for nothing."""
+    """1 iff every constraint is met, strictly. Unknown ids are errors (check_rows): skipping one would pay for nothing."""
     verdicts = []
     for answer, row in zip(answers, rows):
-        for constraint in row["constraints"]:
-            if constraint["id"] not in CONSTRAINTS:
-                raise UserError(f"row {row['id']}: unknown constraint {constraint['id']}; known: "
-                                f"{', '.join(CONSTRAINTS)}")
         try:
             failed = [c["id"] for c in row["constraints"] if not CONSTRAINTS[c["id"]](
                 answer, {k: v for k, v in (c.get("kwargs") or {}).items() if v is not None})]

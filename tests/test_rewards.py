@@ -52,6 +52,13 @@ def test_invalid_formats_cost_minus_one(response):
     assert found[:3] == (-1.0, False, False) and found.why.startswith("format: ")
 
 
+@pytest.mark.parametrize("row", [MATH, {"domain": "code", "tests": {"asserts": ""}}, {"domain": "science", "answer": "3"},
+                                 {"domain": "agent", "gold_calls": []}, {"domain": "if", "constraints": []}])
+@pytest.mark.parametrize("answer", ["\ud800", "4 \udcff", "\x00", "a" * 100_000])
+def test_odd_texts_are_scored_not_raised(row, answer):
+    assert one(wrap(answer), row).reward in (1.0, 0.0, -0.5, -1.0)
+
+
 def test_m2rl_needs_only_the_closing_tag_and_pays_0_or_1():
     assert one("anything</think>3", MATH, scheme="m2rl")[:3] == (1.0, True, True)
     assert one("a</think>so \\boxed{3}", MATH, scheme="m2rl").reward == 1.0
@@ -122,7 +129,7 @@ def test_humaneval_pays_for_all_canonical_solutions_and_for_no_broken_one():
     ("B", "B", True), ("B", "(B)", True), ("B", "B) the blue one", True), ("B", "b", True), ("B", "C", False),
     ("B", "A B C D", False), ("B", "B or C", False), ("B", "(A) (B)", False), ("B", "blue", False), ("B", "Option B", True),
     ("3.20", "3.21", True), ("3.20", "3.9", False), ("4", "4", True), ("4", "4.03", False), ("1,000", "1000", True),
-    ("5 m/s", "5", True), ("5 m/s", "5 m/s", True), ("5 m/s", "5 km/h", False), ("2e-3", "0.002", True),
+    ("5 m/s", "5", True), ("5 m/s", "5 m/s", True), ("5 m/s", "5 km/h", False), ("2e-3", "0.002", True), ("3", "3 or 4", False), ("3", "3, 4, 5", False), ("3", "3 apples", True),
     ("Paris", "the paris.", True), ("Paris", "not Paris", False), ("Paris", "Rome, Paris, London", False),
     ("red", "red blue green", False),
 ])

@@ -330,6 +330,15 @@ def test_bad_input_is_one_line(argv, message, toy, capsys):
     assert set(os.listdir(".")) == before
 
 
+def test_rows_that_nobody_can_judge_stop_the_run_before_it_samples(toy, tmp_path, capsys):
+    rows = [{"domain": "writing", "prompt": "Write.", "reference": "x"}, {
+        "domain": "if", "prompt": "Write.", "constraints": [{"id": "language:response_language"}]}]
+    for row, message in zip(rows, ("need --judge-url", "unknown constraint language:response_language")):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+        flags = ["--data", str(tmp_path / "rows.jsonl"), "--max-prompt-tokens", "40", "--out", str(tmp_path / "run")]
+        assert message in fails(flags, capsys) and not (tmp_path / "run").exists()
+
+
 def test_a_malformed_line_7_is_named(toy, tmp_path, capsys):
     good = json.dumps({"domain": "math", "prompt": "1", "answer": "1"})
     (tmp_path / "rows.jsonl").write_text("\n".join([good] * 6 + ["{"]))
