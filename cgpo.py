@@ -83,6 +83,8 @@ def parse_args(argv: list[str] | None = None):
     add("--reward-scheme", choices=["cgpo", "m2rl"], default="cgpo", help="+1/−0.5/−1 of the CGPO paper, or 0/1")
     add("--verifier-url", default="", help="OpenAI-compatible server of the science verifier (general-verifier)")
     add("--judge-url", default="", help="OpenAI-compatible server of the writing judge (Qwen2.5-72B-Instruct)")
+    add("--sandbox-url", default="", help="SandboxFusion server that runs code instead of the local sandbox")
+    add("--allow-unsafe-code", action="store_true", help="run code although this machine cannot seal it")
     add("--seed", type=int, default=0, help="keys every random number")
     add("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     add("--out", default="", help="folder of the run (default: runs/<algorithm>-<model>-<hash of the flags>)")
@@ -239,7 +241,7 @@ def rollout(policy, tokenizer, rows_P: list[dict], group: int, key: tuple, tempe
     rows_B = [row for row in rows_P for _ in range(group)]
     responses = [ids[:n] for ids, n in zip(tokens, lengths)]
     texts = [row["opened"] + tokenizer.decode(ids, skip_special_tokens=True) for row, ids in zip(rows_B, responses)]
-    scores = rewards.score(texts, rows_B, args.reward_scheme, args.verifier_url, args.judge_url,
+    scores = rewards.score(texts, rows_B, args.reward_scheme, args.verifier_url, args.judge_url, args.sandbox_url,
                            lambda text: len(tokenizer(text, add_special_tokens=False).input_ids))
     clock.append(time.perf_counter())
     whole = [row["ids"] + ids for row, ids in zip(rows_B, responses)]
@@ -507,7 +509,8 @@ def main(argv: list[str] | None = None) -> Path:
     tokenizer, policy = load_policy(name, args.dtype)
     policy.temperature = args.temperature
     train_rows, eval_rows = data.train_and_eval_rows(args, tokenizer, policy.model.config.max_position_embeddings)
-    rewards.check_rows(train_rows + eval_rows, args.judge_url)
+    rewards.sandbox.UNSAFE = args.allow_unsafe_code
+    rewards.check_rows(train_rows + eval_rows, args.judge_url, args.sandbox_url)
     mix = data.domain_mix(train_rows, args.domain_mix)
     steps = args.steps or max(1, len(train_rows) // args.batch_prompts)
     minis = args.batch_prompts // args.mini_batch_prompts

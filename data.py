@@ -313,8 +313,8 @@ def humaneval_rows() -> list[dict]:
     return [{"id": p["task_id"], "domain": "code", "entry_point": p["entry_point"],
              "prompt": "Complete this Python function. Answer with the whole function and the imports it needs.\n\n"
                        f"```python\n{p['prompt']}```",
-             # the prompt's own imports and helpers stay in scope; the answer then redefines the function
-             "tests": {"setup": p["prompt"] + "    pass\n", "asserts": f"{p['test']}\ncheck({p['entry_point']})\n"},
+             # the prompt's imports and helpers: the tests use them, and the answer may
+             "tests": {"setup": p["prompt"][:p["prompt"].rindex(f"def {p['entry_point']}(")], "asserts": f"{p['test']}\ncheck({p['entry_point']})\n"},
              "solution": p["prompt"] + p["canonical_solution"]} for p in problems]
 
 

@@ -18,28 +18,28 @@ import atexit
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import queue
 import re
 import resource
-import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 import warnings
 from fractions import Fraction
 from typing import NamedTuple
 
+import sandbox
 from data import RHYMES, UserError, rng
 
 WORKERS = max(1, min(8, (os.cpu_count() or 2)))
 MATH_SECONDS = 5        # wall-clock limit of one symbolic comparison
-CODE_SECONDS = 5        # wall-clock limit of one program
-CODE_MEMORY = 1 << 30   # bytes of address space
+CODE_SECONDS = 5        # wall-clock limit of one program and input
+CODE_MEGABYTES = 1024   # of address space
 HTTP_SECONDS = 120
 
 
@@ -63,7 +63,7 @@ INVALID = -1.0
 
 
 def score(responses: list[str], rows: list[dict], scheme: str = "cgpo", verifier_url: str = "", judge_url: str = "",
-          count_tokens=lambda text: len(text.split())) -> list[Score]:
+          sandbox_url: str = "", count_tokens=lambda text: len(text.split())) -> list[Score]:
     """One Score a response; rows[i] is the row that responses[i] answers.
 
     count_tokens: length of a text, for r_qa. Raises UserError for a row no checker can judge (an unknown constraint id;
@@ -71,7 +71,7 @@ def score(responses: list[str], rows: list[dict], scheme: str = "cgpo", verifier
     """
     if scheme not in ("cgpo", "m2rl"):
         raise UserError(f"--reward-scheme {scheme}: not cgpo or m2rl")
-    check_rows(rows, judge_url)
+    check_rows(rows, judge_url, sandbox_url)
     scores: list[Score | None] = [None] * len(rows)
     todo = collections.defaultdict(list)
     answers = {}
@@ -82,7 +82,7 @@ def score(responses: list[str], rows: list[dict], scheme: str = "cgpo", verifier
         else:
             answers[i] = answer
             todo["gym" if "gym" in row else row["domain"]].append(i)
-    options = {"verifier_url": verifier_url, "judge_url": judge_url}
+    options = {"verifier_url": verifier_url, "judge_url": judge_url, "sandbox_url": sandbox_url}
     for domain, members in todo.items():
         verdicts = CHECKERS[domain]([answers[i] for i in members], [rows[i] for i in members], options)
         for i, verdict in zip(members, verdicts, strict=True):
@@ -90,8 +90,11 @@ def score(responses: list[str], rows: list[dict], scheme: str = "cgpo", verifier
     return scores
 
 
-def check_rows(rows: list[dict], judge_url: str) -> None:
+def check_rows(rows: list[dict], judge_url: str, sandbox_url: str) -> None:
     """Raise UserError, before anything is sampled, for rows that no checker here can judge."""
+    local_code = any("tests" in row and "expression" not in row["tests"] for row in rows)
+    if local_code and not sandbox_url and not sandbox.UNSAFE:
+        check_sandbox()
     for row in rows:
         if row["domain"] == "writing" and row.get("judge") != "rhyme" and not judge_url:
             raise UserError("writing rows need --judge-url, an OpenAI-compatible server (the paper's judge is "
@@ -309,7 +312,7 @@ def check_code(answers, rows, options) -> list[Verdict]:
         if "expression" in tests:
             right = all(evaluate(tree, tests["expression"], x) == y for x, y in zip(tests["inputs"], tests["outputs"]))
             return Verdict(right, "right" if right else "wrong")
-        return run_program(code, tests)
+        return run_program(code, tests, options["sandbox_url"])
     jobs = [(extract_code(answer), json.dumps(row["tests"])) for answer, row in zip(answers, rows)]
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         verdicts = dict(zip(set(jobs), pool.map(one, set(jobs))))
@@ -333,60 +336,41 @@ def evaluate(tree: ast.Module, variable: str, value: int) -> int | None:
         return None
 
 
-RUNNER = """
-import json, resource, sys
-job = json.load(sys.stdin)
-resource.setrlimit(resource.RLIMIT_CPU, (job["seconds"], job["seconds"]))
-resource.setrlimit(resource.RLIMIT_AS, (job["memory"], job["memory"]))
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 24, 1 << 24))
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-write = sys.stdout.write
-try:
-    exec(compile(job["program"], "answer", "exec"), {"__name__": "__main__"})
-except BaseException as error:
-    write(job["nonce"] + " " + type(error).__name__)
-else:
-    write(job["nonce"] + " passed")
-"""
-
-
-def run_program(code: str, tests: dict) -> Verdict:
-    """The answer with its tests, each program in a limited process of its own: limits, not a seal (README, limits)."""
+def run_program(code: str, tests: dict, url: str) -> Verdict:
+    """sandbox.py's verdict, or, with --sandbox-url, SandboxFusion's (its HTTP API; tests and code in one program there)."""
+    if not url:
+        if not sandbox.UNSAFE:
+            check_sandbox()
+        passed, why = sandbox.run(code, tests, CODE_SECONDS, CODE_MEGABYTES)
+        return Verdict(passed, "right" if passed else why, valid=why != "syntax")
     if "asserts" in tests:
-        programs = [("\n".join((tests.get("setup", ""), code, tests["asserts"])), "", None)]
+        runs = [("\n".join((tests.get("setup", ""), code, tests["asserts"])), "", None)]
     else:
-        programs = [(code, given, wanted) for given, wanted in zip(tests["inputs"], tests["outputs"])]
-    for program, given, wanted in programs:
-        why = run_limited(program, given, wanted)
-        if why != "passed":
-            return Verdict(False, why)
+        runs = [(code, given, wanted) for given, wanted in zip(tests["inputs"], tests["outputs"])]
+    for program, given, wanted in runs:
+        try:
+            reply = http_json(f"{url.rstrip('/')}/run_code", {"code": program, "language": "python", "stdin": given,
+                                                              "run_timeout": CODE_SECONDS})
+            status, result = reply["status"], reply.get("run_result") or {}
+            if status == "SandboxError":
+                return Verdict(None, f"sandbox-error: {reply.get('message')}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return Verdict(None, f"sandbox-error: {url}: {type(error).__name__} {error}")
+        if status != "Success" or result.get("return_code") != 0:
+            return Verdict(False, "timeout" if result.get("status") == "TimeLimitExceeded" else "exception")
+        if wanted is not None and sandbox.lines_of(result.get("stdout") or "") != sandbox.lines_of(wanted):
+            return Verdict(False, "assertion")
     return Verdict(True, "right")
 
 
-def run_limited(program: str, given: str, wanted: str | None) -> str:
-    """"passed" or why not. With `wanted`, stdout must equal it, line by line, trailing white space stripped."""
-    nonce = secrets.token_hex(16)
-    if wanted is not None:
-        program = f"import io, sys\nsys.stdin = io.StringIO({given!r})\n" + program
-    job = {"program": program, "seconds": CODE_SECONDS, "memory": CODE_MEMORY, "nonce": nonce}
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen([sys.executable, "-I", "-S", "-c", RUNNER], cwd=folder, env={},
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-        try:
-            output = process.communicate(json.dumps(job).encode(), CODE_SECONDS)[0].decode(errors="replace")
-        except subprocess.TimeoutExpired:
-            return "timeout"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    output, _, verdict = output.rpartition(nonce)
-    if verdict.strip() != "passed":
-        return f"exception:{verdict.strip()}" if verdict.strip() else "crashed"
-    if wanted is None:
-        return "passed"
-    got, wanted = ([line.rstrip() for line in text.rstrip().split("\n")] for text in (output, wanted))
-    return "passed" if got == wanted else "assertion"
+@functools.cache
+def check_sandbox() -> None:
+    """At first use: raise UserError where model-written code cannot be sealed."""
+    found = sandbox.self_test()
+    if not found["sealed"]:
+        refused = ", ".join(name for name, held in found.items() if not held and name != "sealed")
+        raise UserError(f"this machine cannot seal model-written code (not refused: {refused}): give --sandbox-url, a "
+                        "SandboxFusion server, or --allow-unsafe-code at your own risk")
 
 
 # ---------------- science ----------------

@@ -1,6 +1,6 @@
 """Keeps the algorithm files' SHARED blocks equal to grpo.py's, and counts what differs.
 
-    python tests/sync.py           copy grpo.py's SHARED blocks into the other algorithm files
+    python tests/sync.py           copy grpo.py's SHARED blocks into the other algorithm files, and --stat into README
     python tests/sync.py --check   only look; exit 1 when a block or the section order differs, or a budget is exceeded
     python tests/sync.py --stat    the README's table of differences
 """
@@ -101,6 +101,10 @@ def copy_blocks() -> None:
         if new != text:
             (ROOT / name).write_text(new)
             print(f"{name}: SHARED blocks copied from {ORIGINAL}")
+    if (ROOT / "README.md").exists():
+        readme = (ROOT / "README.md").read_text()
+        table = re.search(r"^\| file \| lines .*?(?=\n\n)", readme, re.MULTILINE | re.DOTALL)
+        (ROOT / "README.md").write_text(readme.replace(table[0], stat()))
 
 
 if __name__ == "__main__":

@@ -120,8 +120,9 @@ def test_humaneval_pays_for_all_canonical_solutions_and_for_no_broken_one():
     rows = data.humaneval_rows()
     assert len(rows) == 164
     assert all(s.reward == 1.0 for s in score([wrap(f"```python\n{row['solution']}```") for row in rows], rows))
-    for body in ("return None", "pass", "raise ValueError"):
-        broken = [wrap(f"```python\n{row['tests']['setup'].removesuffix('    pass' + chr(10))}    {body}\n```") for row in rows]
+    for body in ("return None", "pass", "raise ValueError"):  # more of these in test_sandbox.py
+        broken = [wrap(f"```python\n{row['prompt'].split('```python' + chr(10))[1].split('```')[0]}    {body}\n```")
+                  for row in rows]
         assert all(s.reward == -0.5 for s in score(broken, rows))
 
 

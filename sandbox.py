@@ -1,0 +1,302 @@
+"""Runs model-written code against tests so that the machine survives and the verdict cannot be forged.
+
+Threat model: RL optimises against the verdict, so the code is adversarial: it may loop, allocate, fork, read the tests,
+patch builtins, return objects equal to everything, write to every descriptor. Design: a worker that never reads a job
+forks, per job, S (the model's code) and T (the tests). T alone reads the job and holds the verdict's pipe; S is sent the
+source only. The tests' unknown names are calls into S; values cross as tagged JSON, rebuilt as exact builtin types; what
+is not plain data crosses as a handle that can only be called. Both seal themselves before they run anything: limits on
+memory, time and file size, and a seccomp allow-list without open, socket, fork, exec, kill, ptrace, prctl and prlimit.
+The modules of PRELOAD can be imported, no others. No root, namespace or package is needed; Linux, x86_64 or aarch64.
+Guaranteed where self_test() holds: no file, process or socket beyond S and T; the limits; a verdict only T can write.
+Forgeable still: weak tests (properties between the model's own functions, inputs that can be guessed). Failed though
+honest: generators, own classes compared by value, arguments mutated in place, files, processes, sockets.
+Verdict.why: passed, assertion, exception:<Name>, timeout, memory, syntax, no-call (the tests called nothing),
+cannot-cross, import-missing, sealed-refusal, crashed."""
+import ast, builtins, concurrent.futures, contextlib, ctypes, json, os, platform, queue, resource, signal  # noqa: E401
+import socket, struct, subprocess, sys  # noqa: E401
+from typing import NamedTuple
+
+CORES = os.cpu_count() or 1
+UNSAFE = False  # True (--allow-unsafe-code): no seccomp; the two processes and the limits stay
+PRELOAD = """abc argparse array ast base64 binascii bisect calendar cmath collections.abc concurrent.futures.thread
+    contextlib copy csv ctypes dataclasses datetime decimal difflib enum fractions functools gc glob hashlib heapq html
+    inspect io itertools json keyword locale logging math numbers operator os.path pathlib pickle platform pprint queue
+    random re secrets shutil signal socket statistics string struct subprocess sys tempfile textwrap threading time
+    timeit traceback types typing unicodedata unittest urllib.parse uuid warnings weakref zlib zoneinfo _strptime
+    encodings.ascii encodings.idna encodings.latin_1 encodings.utf_16 encodings.unicode_escape numpy""".split()
+FDS = JOB, VERDICT, IN, OUT, SIDE_S, SIDE_T = range(10, 16)  # descriptors in the worker
+# audit architecture, clone (for threads only), the calls allowed; clone3 answers ENOSYS, so that libc takes clone
+CALLS = {"x86_64": (0xC000003E, 56, [
+    0, 1, 3, 5, *range(7, 16), 17, 19, 20, 23, 24, 25, 28, 35, 39, 60, 96, 98, 100, 102, 104, 107, 108, 131, 186, 201,
+    202, 204, 219, 228, 229, 230, 231, 270, 271, 273, 309, 318, 334]), "aarch64": (0xC00000B7, 220, [
+        57, *range(62, 68), 72, 73, 80, 93, 94, 98, 99, 101, 113, 114, 115, 123, 124, 128, 132, 134, 135, 139, 153, 165,
+        168, 169, *range(172, 179), 214, 215, 216, 222, 226, 233, 278, 293])}
+WRITE = {str: str, int: hex, float: float.hex, complex: repr, bytes: bytes.hex}
+READ = {"str": str, "int": lambda v: int(v, 16), "float": float.fromhex, "complex": complex, "bytes": bytes.fromhex}
+ITEMS = {kind.__name__: kind for kind in (list, tuple, set, frozenset, dict)}
+KINDS = {"Gone": "crashed", "BrokenPipeError": "crashed", "ConnectionResetError": "crashed", "MemoryError": "memory",
+         "CannotCross": "cannot-cross", "PermissionError": "sealed-refusal", "ImportError": "import-missing",
+         "ModuleNotFoundError": "import-missing", "AssertionError": "assertion"}
+# the other side ended; a value is not plain data. No Exceptions, so that no test catches them
+Gone, CannotCross = (type(name, (BaseException,), {}) for name in ("Gone", "CannotCross"))
+idle: queue.SimpleQueue = queue.SimpleQueue()  # workers between jobs
+
+
+class Verdict(NamedTuple):
+    passed: bool
+    why: str
+
+
+def seal(seconds: float, memory: int) -> None:
+    """Give up everything but computing. Raises OSError where the kernel does not seal."""
+    for what, limit in (("AS", memory), ("CPU", int(seconds) + 1), ("FSIZE", 16 << 20), ("CORE", 0)):
+        resource.setrlimit(getattr(resource, f"RLIMIT_{what}"), (limit, limit))
+    if UNSAFE:
+        return
+    arch, clone, allowed = CALLS[platform.machine()]
+    load, equal, above, bits, end = 0x20, 0x15, 0x25, 0x45, 0x06  # BPF: (operation, jump if true, if false, operand)
+    kill, allow, eperm, enosys = ((end, 0, 0, k) for k in (0x80000000, 0x7FFF0000, 0x50001, 0x50026))
+    program = [(load, 0, 0, 4), (equal, 1, 0, arch), kill, (load, 0, 0, 0), (above, 0, 1, 0x3FFFFFFF), kill,  # x32
+               (equal, 0, 1, 435), enosys, *(line for n in allowed for line in ((equal, 0, 1, n), allow)),
+               (equal, 0, 3, clone), (load, 0, 0, 16), (bits, 0, 1, 0x10000), allow, eperm]  # CLONE_THREAD
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
+    pointer = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for option, value, more in ((4, 0, None), (38, 1, None), (22, 2, pointer)):  # not dumpable, no new rights, seccomp
+        if libc.prctl(option, ctypes.c_ulong(value), more, ctypes.c_ulong(0), ctypes.c_ulong(0)):
+            raise OSError(ctypes.get_errno(), f"the kernel refused prctl {option}")
+
+
+def encode(value, other):
+    """Plain data as tagged JSON, other(value) for everything else. Subclasses become what they extend."""
+    if value is None or type(value) is bool:
+        return value
+    kind = next((kind for kind in (*WRITE, *ITEMS.values()) if isinstance(value, kind)), None)
+    if kind in WRITE:
+        return [kind.__name__, WRITE[kind](value)]
+    if kind:
+        return [kind.__name__, [encode(item, other) for item in (value.items() if kind is dict else value)]]
+    return encode(value.tolist(), other) if type(value).__module__ == "numpy" else other(value)
+
+
+def decode(data, handle):
+    if data is None or type(data) is bool:
+        return data
+    kind, value = data
+    if kind in READ:
+        return READ[kind](value)
+    return handle(int(value)) if kind == "handle" else ITEMS[kind](decode(item, handle) for item in value)
+
+
+def send(file, message) -> None:
+    file.write(json.dumps(message).encode() + b"\n")
+    file.flush()
+
+
+def receive(file, largest: int = 64 << 20):
+    line = file.readline(largest)
+    if not line:
+        raise Gone
+    return json.loads(line)
+
+
+def lines_of(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().split("\n")]
+
+
+def solution() -> None:
+    """S: load the source, then answer T's calls. Whatever the model's code raises is told to T."""
+    get, put, objects = open(SIDE_S, "rb"), open(SIDE_S, "wb"), []
+    source, setup, seconds, memory, is_main = receive(get)
+    sys.stdin, sys.stdout = open(0), open(1, "w")
+    space = {"__name__": "__main__" if is_main else "solution"}
+
+    def answer(act):
+        try:
+            reply = ["value", encode(act(), lambda value: (objects.append(value), ["handle", len(objects) - 1])[1])]
+        except BaseException as error:
+            clean = isinstance(error, SystemExit) and error.code in (None, 0)
+            reply = ["error", "clean exit" if clean else type(error).__name__, str(error)[:1000]]
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        send(put, reply)
+
+    def load():
+        seal(seconds, memory)
+        for text in (setup, source):
+            exec(compile(text, "solution", "exec"), space)
+
+    def call(path, args, kwargs):
+        target = space[path[0]] if isinstance(path[0], str) else objects[path[0]]
+        for name in path[1:]:
+            target = getattr(target, name)
+        return target(*decode(args, objects.__getitem__), **decode(kwargs, objects.__getitem__))
+    answer(load)
+    while True:
+        message = receive(get)
+        answer(lambda: call(*message))
+
+
+def tests(code: str, tests: dict, timeout: float, memory: int) -> str:
+    """T: why of the verdict. Everything that S sends is data."""
+    get, put, calls, loaded, is_main = open(SIDE_T, "rb"), open(SIDE_T, "wb"), [], False, "output" in tests
+
+    def reply():
+        try:
+            kind, *rest = receive(get)
+            if kind == "value":
+                return decode(rest[0], Handle)
+            name, text = map(str, rest)
+        except Exception:
+            raise CannotCross from None
+        known = getattr(builtins, name, None)
+        if not (isinstance(known, type) and issubclass(known, Exception)) or known is StopIteration or "Unicode" in name:
+            known = RuntimeError
+        raise SystemExit(0) if name == "clean exit" else known(text)
+
+    class Handle:
+        def __init__(self, *path):
+            self.__dict__["path"] = path
+
+        def __call__(self, *args, **kwargs):
+            calls.append(self.path)
+            send(put, (self.path, encode(args, cross), encode(kwargs, cross)))
+            return reply()
+
+        def __getattr__(self, name):
+            return Handle(*self.path, name)
+
+    def cross(value):
+        if type(value) is not Handle or len(value.path) != 1 or isinstance(value.path[0], str):
+            raise CannotCross
+        return ["handle", value.path[0]]
+    for operation in "eq ne lt le gt ge bool len iter contains getitem hash add sub str repr setattr".split():
+        setattr(Handle, f"__{operation}__", lambda *_: cross(None))
+    try:
+        os.write(IN, tests.get("input", "").encode())
+        os.lseek(IN, 0, os.SEEK_SET)
+        send(put, (code, tests.get("setup", ""), timeout, memory, is_main))
+        seal(timeout, memory)
+        with contextlib.suppress(SystemExit if is_main else ()):
+            reply()
+        loaded, space = True, {"__name__": "tests"}
+        if is_main:
+            os.lseek(OUT, 0, os.SEEK_SET)
+            got = b"".join(iter(lambda: os.read(OUT, 1 << 20), b"")).decode(errors="replace")
+            return "passed" if lines_of(got) == lines_of(tests["output"]) else "assertion"
+        exec(compile(tests.get("setup", ""), "setup", "exec"), space)
+        names = {node.id for node in ast.walk(ast.parse(tests["asserts"])) if isinstance(node, ast.Name)}
+        space |= {name: Handle(name) for name in names - space.keys() - set(dir(builtins))}
+        exec(compile(tests["asserts"], "tests", "exec"), space)
+        return "passed" if calls else "no-call"
+    except BaseException as error:  # the verdict itself
+        kind = f"exception:{type(error).__name__}"
+        return "syntax" if isinstance(error, SyntaxError) and not loaded else KINDS.get(type(error).__name__, kind)
+
+
+def worker() -> None:
+    """Fork S, then T, and wait, for ever. When T ends, by its verdict or its alarm, S is killed."""
+    def child(body, keep) -> int:
+        if pid := os.fork():
+            return pid
+        try:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # die with the worker
+            for fd in set(FDS) - keep:
+                os.close(fd)
+            body()
+        finally:
+            os._exit(1)
+
+    def side_s():
+        for old, new in ((IN, 0), (OUT, 1)):
+            os.dup2(old, new)
+            os.close(old)
+        solution()
+
+    def side_t():
+        try:
+            job = receive(open(JOB, "rb"))
+        except Gone:  # no more jobs
+            os._exit(2)
+        signal.setitimer(signal.ITIMER_REAL, job["timeout"])  # its default action ends T
+        send(open(VERDICT, "wb"), tests(**job))
+        os._exit(0)
+    builtins.exit = builtins.quit = sys.exit
+    null, status = os.open("/dev/null", os.O_RDWR), 0
+    for old, new in ((0, JOB), (1, VERDICT), (null, 0), (null, 1), (null, 2)):
+        os.dup2(old, new)
+    for name in PRELOAD:
+        with contextlib.suppress(ImportError):
+            __import__(name)
+    while status != 2 << 8:
+        sides = [side.detach() for side in socket.socketpair()]
+        for old, new in zip((os.memfd_create("in"), os.memfd_create("out"), *sides), FDS[2:]):
+            os.dup2(old, new)
+            os.close(old)
+        s, t = child(side_s, {IN, OUT, SIDE_S}), child(side_t, {JOB, VERDICT, IN, OUT, SIDE_T})
+        for fd in FDS[2:]:
+            os.close(fd)
+        status = os.waitpid(t, 0)[1]
+        os.kill(s, signal.SIGKILL)
+        os.waitpid(s, 0)
+        if status not in (0, 2 << 8):
+            with open(VERDICT, "wb", closefd=False) as verdict:
+                send(verdict, "timeout" if status & 127 in (signal.SIGALRM, signal.SIGXCPU) else "crashed")
+
+
+def ask(job: dict) -> str | None:
+    """Why of one job's verdict, from an idle worker or a new one; None when the worker died over it."""
+    try:
+        process = idle.get_nowait()
+    except queue.Empty:
+        paths = [path for path in sys.path if path.endswith("site-packages")]
+        process = subprocess.Popen([sys.executable, "-I", "-S", os.path.abspath(__file__), str(int(UNSAFE)), *paths],
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/",
+                                   start_new_session=True, env={"OPENBLAS_NUM_THREADS": "1"})
+    try:
+        send(process.stdin, job)
+        why = receive(process.stdout)
+    except (Gone, OSError):
+        process.kill()
+        process.wait()
+        return None
+    idle.put(process)
+    return why
+
+
+def run(code: str, tests: dict, timeout: float = 5.0, memory_mb: int = 1024) -> Verdict:
+    """The verdict of the code under {"asserts", "setup"} (Python) or {"inputs": […], "outputs": […]} (stdin → stdout).
+
+    setup runs before the code and before the tests, whose own names win over the code's. stdout must equal the output
+    line by line, trailing white space aside. timeout (seconds of wall clock) and memory_mb hold for each input.
+    """
+    pairs = zip(tests.get("inputs", []), tests.get("outputs", []), strict=True)
+    parts = [tests] if "asserts" in tests else [{"input": given, "output": wanted} for given, wanted in pairs]
+    for part in parts:
+        job = {"code": code, "tests": part, "timeout": timeout, "memory": memory_mb << 20}
+        why = ask(job) or ask(job) or "crashed"  # a worker killed from outside costs its job one retry
+        if why != "passed":
+            return Verdict(False, why)
+    return Verdict(bool(parts), "passed" if parts else "no-call")
+
+
+def run_many(jobs: list[tuple], workers: int | None = None) -> list[Verdict]:
+    """run(*job) for each job, in order, on at most as many workers as cores."""
+    with concurrent.futures.ThreadPoolExecutor(min(workers or CORES, CORES)) as pool:
+        return list(pool.map(lambda job: run(*job), jobs))
+
+
+def self_test() -> dict[str, bool]:
+    """{"open": is it refused, "fork": …, "socket": …, "kill": …, "exec": …, "sealed": are all}."""
+    probes = {"open": "open('/dev/null')", "fork": "os.fork()", "socket": "socket.socket()",
+              "kill": "os.kill(os.getpid(), 0)", "exec": "os.execv('/bin/true', ['true'])"}
+    code = "import os, socket\ndef probe():\n try:\n  {}\n except PermissionError:\n  return 'refused'"
+    known = sys.platform == "linux" and platform.machine() in CALLS
+    found = {name: known and run(code.format(probe), {"asserts": "assert probe() == 'refused'"}).passed
+             for name, probe in probes.items()}
+    return found | {"sealed": all(found.values())}
+
+
+if __name__ == "__main__":  # a worker
+    UNSAFE, sys.path = sys.argv[1] == "1", sys.path + sys.argv[2:]
+    worker()
