@@ -12,8 +12,8 @@ Forgeable still: weak tests (properties between the model's own functions, input
 honest: generators, own classes compared by value, arguments mutated in place, files, processes, sockets.
 Verdict.why: passed, assertion, exception:<Name>, timeout, memory, syntax, no-call (the tests called nothing),
 cannot-cross, import-missing, sealed-refusal, crashed."""
-import ast, builtins, concurrent.futures, contextlib, ctypes, json, os, platform, queue, resource, signal  # noqa: E401
-import socket, struct, subprocess, sys  # noqa: E401
+import ast, builtins, concurrent.futures, contextlib, ctypes, functools, json, os, platform, queue  # noqa: E401
+import resource, signal, socket, struct, subprocess, sys  # noqa: E401
 from typing import NamedTuple
 
 CORES = os.cpu_count() or 1
@@ -25,6 +25,7 @@ PRELOAD = """abc argparse array ast base64 binascii bisect calendar cmath collec
     timeit traceback types typing unicodedata unittest urllib.parse uuid warnings weakref zlib zoneinfo _strptime
     encodings.ascii encodings.idna encodings.latin_1 encodings.utf_16 encodings.unicode_escape numpy""".split()
 FDS = JOB, VERDICT, IN, OUT, SIDE_S, SIDE_T = range(10, 16)  # descriptors in the worker
+LAST = 2  # T's exit code when there are no more jobs
 # audit architecture, clone (for threads only), the calls allowed; clone3 answers ENOSYS, so that libc takes clone
 CALLS = {"x86_64": (0xC000003E, 56, [
     0, 1, 3, 5, *range(7, 16), 17, 19, 20, 23, 24, 25, 28, 35, 39, 60, 96, 98, 100, 102, 104, 107, 108, 131, 186, 201,
@@ -33,6 +34,8 @@ CALLS = {"x86_64": (0xC000003E, 56, [
         168, 169, *range(172, 179), 214, 215, 216, 222, 226, 233, 278, 293])}
 WRITE = {str: str, int: hex, float: float.hex, complex: repr, bytes: bytes.hex}
 READ = {"str": str, "int": lambda v: int(v, 16), "float": float.fromhex, "complex": complex, "bytes": bytes.fromhex}
+ERRORS = {name: error for name, error in vars(builtins).items() if isinstance(error, type) and issubclass(error, Exception)
+          and not any(word in name for word in ("Stop", "Unicode", "Group"))}  # those that T raises again
 ITEMS = {kind.__name__: kind for kind in (list, tuple, set, frozenset, dict)}
 KINDS = {"Gone": "crashed", "BrokenPipeError": "crashed", "ConnectionResetError": "crashed", "MemoryError": "memory",
          "CannotCross": "cannot-cross", "PermissionError": "sealed-refusal", "ImportError": "import-missing",
@@ -106,38 +109,32 @@ def lines_of(text: str) -> list[str]:
 
 def solution() -> None:
     """S: load the source, then answer T's calls. Whatever the model's code raises is told to T."""
-    get, put, objects = open(SIDE_S, "rb"), open(SIDE_S, "wb"), []
-    source, setup, seconds, memory, is_main = receive(get)
-    sys.stdin, sys.stdout = open(0), open(1, "w")
-    space = {"__name__": "__main__" if is_main else "solution"}
-
-    def answer(act):
+    for old, new in ((IN, 0), (OUT, 1)):
+        os.dup2(old, new)
+        os.close(old)
+    get, put, objects, message = open(SIDE_S, "rb"), open(SIDE_S, "wb"), [], None
+    source, setup, seconds, memory, name = receive(get)
+    sys.stdin, sys.stdout, space = open(0), open(1, "w"), {"__name__": name}
+    while True:
         try:
-            reply = ["value", encode(act(), lambda value: (objects.append(value), ["handle", len(objects) - 1])[1])]
+            if message is None:
+                seal(seconds, memory)
+                value = [exec(compile(text, "solution", "exec"), space) for text in (setup, source)][0]
+            else:
+                (first, *names), args, kwargs = message
+                target = functools.reduce(getattr, names, space[first] if isinstance(first, str) else objects[first])
+                value = target(*decode(args, None), **decode(kwargs, None))
+            reply = ["value", encode(value, lambda other: (objects.append(other), ["handle", len(objects) - 1])[1])]
         except BaseException as error:
             clean = isinstance(error, SystemExit) and error.code in (None, 0)
             reply = ["error", "clean exit" if clean else type(error).__name__, str(error)[:1000]]
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         send(put, reply)
-
-    def load():
-        seal(seconds, memory)
-        for text in (setup, source):
-            exec(compile(text, "solution", "exec"), space)
-
-    def call(path, args, kwargs):
-        target = space[path[0]] if isinstance(path[0], str) else objects[path[0]]
-        for name in path[1:]:
-            target = getattr(target, name)
-        return target(*decode(args, objects.__getitem__), **decode(kwargs, objects.__getitem__))
-    answer(load)
-    while True:
         message = receive(get)
-        answer(lambda: call(*message))
 
 
-def tests(code: str, tests: dict, timeout: float, memory: int) -> str:
+def judge(code: str, tests: dict, timeout: float, memory: int) -> str:
     """T: why of the verdict. Everything that S sends is data."""
     get, put, calls, loaded, is_main = open(SIDE_T, "rb"), open(SIDE_T, "wb"), [], False, "output" in tests
 
@@ -149,10 +146,10 @@ def tests(code: str, tests: dict, timeout: float, memory: int) -> str:
             name, text = map(str, rest)
         except Exception:
             raise CannotCross from None
-        known = getattr(builtins, name, None)
-        if not (isinstance(known, type) and issubclass(known, Exception)) or known is StopIteration or "Unicode" in name:
-            known = RuntimeError
-        raise SystemExit(0) if name == "clean exit" else known(text)
+        raise SystemExit(0) if name == "clean exit" else ERRORS.get(name, RuntimeError)(text)
+
+    def refuse(*_):
+        raise CannotCross
 
     class Handle:
         def __init__(self, *path):
@@ -160,22 +157,17 @@ def tests(code: str, tests: dict, timeout: float, memory: int) -> str:
 
         def __call__(self, *args, **kwargs):
             calls.append(self.path)
-            send(put, (self.path, encode(args, cross), encode(kwargs, cross)))
+            send(put, (self.path, encode(args, refuse), encode(kwargs, refuse)))
             return reply()
 
         def __getattr__(self, name):
             return Handle(*self.path, name)
-
-    def cross(value):
-        if type(value) is not Handle or len(value.path) != 1 or isinstance(value.path[0], str):
-            raise CannotCross
-        return ["handle", value.path[0]]
     for operation in "eq ne lt le gt ge bool len iter contains getitem hash add sub str repr setattr".split():
-        setattr(Handle, f"__{operation}__", lambda *_: cross(None))
+        setattr(Handle, f"__{operation}__", refuse)
     try:
         os.write(IN, tests.get("input", "").encode())
         os.lseek(IN, 0, os.SEEK_SET)
-        send(put, (code, tests.get("setup", ""), timeout, memory, is_main))
+        send(put, (code, tests.get("setup", ""), timeout, memory, "__main__" if is_main else "solution"))
         seal(timeout, memory)
         with contextlib.suppress(SystemExit if is_main else ()):
             reply()
@@ -190,8 +182,19 @@ def tests(code: str, tests: dict, timeout: float, memory: int) -> str:
         exec(compile(tests["asserts"], "tests", "exec"), space)
         return "passed" if calls else "no-call"
     except BaseException as error:  # the verdict itself
-        kind = f"exception:{type(error).__name__}"
-        return "syntax" if isinstance(error, SyntaxError) and not loaded else KINDS.get(type(error).__name__, kind)
+        name = type(error).__name__
+        return "syntax" if isinstance(error, SyntaxError) and not loaded else KINDS.get(name, f"exception:{name}")
+
+
+def tests() -> None:
+    """T: read the job, set the alarm whose default action ends T, judge, tell the verdict."""
+    try:
+        job = receive(open(JOB, "rb"))
+    except Gone:  # no more jobs
+        os._exit(LAST)
+    signal.setitimer(signal.ITIMER_REAL, job["timeout"])
+    send(open(VERDICT, "wb"), judge(**job))
+    os._exit(0)
 
 
 def worker() -> None:
@@ -206,42 +209,27 @@ def worker() -> None:
             body()
         finally:
             os._exit(1)
-
-    def side_s():
-        for old, new in ((IN, 0), (OUT, 1)):
-            os.dup2(old, new)
-            os.close(old)
-        solution()
-
-    def side_t():
-        try:
-            job = receive(open(JOB, "rb"))
-        except Gone:  # no more jobs
-            os._exit(2)
-        signal.setitimer(signal.ITIMER_REAL, job["timeout"])  # its default action ends T
-        send(open(VERDICT, "wb"), tests(**job))
-        os._exit(0)
     builtins.exit = builtins.quit = sys.exit
-    null, status = os.open("/dev/null", os.O_RDWR), 0
+    null, code = os.open("/dev/null", os.O_RDWR), 0
     for old, new in ((0, JOB), (1, VERDICT), (null, 0), (null, 1), (null, 2)):
         os.dup2(old, new)
     for name in PRELOAD:
         with contextlib.suppress(ImportError):
             __import__(name)
-    while status != 2 << 8:
+    while code != LAST:
         sides = [side.detach() for side in socket.socketpair()]
         for old, new in zip((os.memfd_create("in"), os.memfd_create("out"), *sides), FDS[2:]):
             os.dup2(old, new)
             os.close(old)
-        s, t = child(side_s, {IN, OUT, SIDE_S}), child(side_t, {JOB, VERDICT, IN, OUT, SIDE_T})
+        s, t = child(solution, {IN, OUT, SIDE_S}), child(tests, {JOB, VERDICT, IN, OUT, SIDE_T})
         for fd in FDS[2:]:
             os.close(fd)
-        status = os.waitpid(t, 0)[1]
+        code = os.waitstatus_to_exitcode(os.waitpid(t, 0)[1])  # −n: killed by signal n
         os.kill(s, signal.SIGKILL)
         os.waitpid(s, 0)
-        if status not in (0, 2 << 8):
+        if code not in (0, LAST):
             with open(VERDICT, "wb", closefd=False) as verdict:
-                send(verdict, "timeout" if status & 127 in (signal.SIGALRM, signal.SIGXCPU) else "crashed")
+                send(verdict, "timeout" if -code in (signal.SIGALRM, signal.SIGXCPU) else "crashed")
 
 
 def ask(job: dict) -> str | None:
@@ -249,8 +237,8 @@ def ask(job: dict) -> str | None:
     try:
         process = idle.get_nowait()
     except queue.Empty:
-        paths = [path for path in sys.path if path.endswith("site-packages")]
-        process = subprocess.Popen([sys.executable, "-I", "-S", os.path.abspath(__file__), str(int(UNSAFE)), *paths],
+        command = [sys.executable, "-I", "-S", os.path.abspath(__file__), str(int(UNSAFE))]
+        process = subprocess.Popen(command + [path for path in sys.path if path.endswith("site-packages")],
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/",
                                    start_new_session=True, env={"OPENBLAS_NUM_THREADS": "1"})
     try:
