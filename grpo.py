@@ -510,9 +510,8 @@ def main(argv: list[str] | None = None) -> Path:
                 "mismatch/mean": mismatch_N.mean().item(), "mismatch/max": mismatch_N.max().item()}
         if step == steps or args.eval_every and step % args.eval_every == 0:
             line |= evaluate(policy, tokenizer, eval_rows, args)
-        verdicts = Counter(f"{s['domain']}: {s['verdict']}" for s in samples)
-        log.write(line | {"verdicts": dict(verdicts.most_common(12))},
-                  [{"step": step, **s} for s in samples[::max(1, len(samples) // 20)]])
+        verdicts = Counter(f"{s['domain']}: {s['verdict'].split()[0].rstrip(':')}" for s in samples)
+        log.write(line | {"verdicts": verdicts}, [{"step": step, **s} for s in samples[::max(1, len(samples) // 20)]])
         print(analyze.live_line(line, steps, time.perf_counter() - started, step - start), flush=True)
         if step % args.save_every == 0 or step == steps:
             save_checkpoint(out, step, policy, tokenizer, optimizer, state)

@@ -1,4 +1,5 @@
 """Whole runs: they learn, leave what they should, resume exactly, and fail in one line."""
+import ast
 import json
 import os
 import signal
@@ -369,3 +370,23 @@ def test_a_hub_that_cannot_be_reached_is_told_in_one_line(toy):
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("cgpo.py: --model Qwen/Qwen2.5-7B-Instruct: cannot load it")
     assert time.monotonic() - started < 60
+
+
+def test_every_function_does_work_in_a_plain_run(toy, tmp_path):
+    """No dead hooks for the other algorithm files: a run and its resumption enter every function of grpo.py."""
+    entered = set()
+
+    def profile(frame, event, _):
+        if event == "call" and frame.f_code.co_filename == grpo.__file__:
+            entered.add(frame.f_code.co_qualname)
+    flags = ["--steps", "1", "--eval-samples", "1", "--out", str(tmp_path / "run")]
+    sys.setprofile(profile)
+    try:
+        grpo.main(flags)
+        grpo.main(["--steps", "2", *flags[2:], "--resume"])
+    finally:
+        sys.setprofile(None)
+    defined = {f"{prefix}{node.name}" for prefix, body in (("", ast.parse(Path(grpo.__file__).read_text()).body), (
+        "Policy.", next(n.body for n in ast.parse(Path(grpo.__file__).read_text()).body if getattr(n, "name", "") == "Policy")))
+        for node in body if isinstance(node, ast.FunctionDef)}
+    assert defined - entered == {"generate_slowly"}                     # for caches that are not plain KV caches

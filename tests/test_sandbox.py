@@ -1,5 +1,8 @@
 """The sandbox against every family of attack we know, what it must still allow, and what it leaves behind: nothing."""
 import ast
+import functools
+import http.server
+import json
 import os
 import random
 import resource
@@ -133,9 +136,15 @@ SYSCALLS = {"fork": (57,), "vfork": (58,), "clone": (56, 17, 0, 0, 0, 0), "clone
             "dup2": (33, 0, 5), "ioctl": (16, 0, 0x5412, 0), "chdir": (80, 0), "unlink": (87, 0), "setitimer": (38, 0, 0, 0), "shmget": (29, 0, 9, 0o600)}
 
 
+@functools.cache
+def sealed() -> bool:
+    return sandbox.self_test()["sealed"]
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind(tmp_path, monkeypatch):
     """Before and after each test: descendants, descriptors, limits, environment, cwd, a canary file."""
+    assert sealed(), "this machine does not seal: the attacks below are not run on it"
     canary = tmp_path / "canary"
     canary.write_text("alive")
     monkeypatch.setenv("SECRET", "hunter2")
@@ -359,6 +368,43 @@ def test_rewards_use_the_sandbox_and_refuse_where_it_cannot_seal(monkeypatch):
     monkeypatch.setattr(sandbox, "UNSAFE", True)
     assert rewards.score([answer("def f(x): return x * x")], [row])[0].reward == 1.0
     rewards.check_sandbox.cache_clear()
+
+
+def test_sandbox_fusion_runs_the_code_elsewhere():
+    """Its HTTP API, played by a server that runs the program; a server's failure is not a wrong answer."""
+    seen = []
+
+    class Fusion(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((self.path, asked))
+            done = subprocess.run([sys.executable, "-c", asked["code"]], input=asked["stdin"], capture_output=True, text=True)
+            reply = {"status": "Success" if done.returncode == 0 else "Failed", "message": "", "compile_result": None, "run_result": {
+                "status": "Finished", "return_code": done.returncode, "stdout": done.stdout, "stderr": done.stderr}}
+            if "overload" in asked["code"]:
+                reply = {"status": "SandboxError", "message": "busy"}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(reply).encode())
+
+        def log_message(self, *args):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Fusion)
+    threading.Thread(target=server.serve_forever).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        stdin = {"inputs": ["2\n"], "outputs": ["4\n"]}
+        cases = [("def f(x): return x * x", SQUARE, 1.0), ("def f(x): return x", SQUARE, -0.5), ("overload = 1", SQUARE, None),
+                 ("print(int(input()) ** 2)", stdin, 1.0), ("print(5)", stdin, -0.5), ("def f(", SQUARE, -1.0)]
+        rows = [{"id": "r", "domain": "code", "prompt": "?", "tests": tests} for _, tests, _ in cases]
+        found = rewards.score([f"<think></think><answer>{code}</answer>" for code, _, _ in cases], rows, sandbox_url=url)
+        assert [s.reward for s in found] == [reward for _, _, reward in cases]
+        assert {path for path, _ in seen} == {"/run_code"} and all(asked["language"] == "python" for _, asked in seen)
+    finally:
+        server.shutdown()
+        server.server_close()
+    gone = rewards.score(["<think></think><answer>f = 1</answer>"], rows[:1], sandbox_url=url)[0]
+    assert gone.reward is None and gone.why.startswith("sandbox-error")
 
 
 def test_an_unknown_platform_cannot_seal(monkeypatch):
