@@ -31,7 +31,8 @@ def live_line(line: dict, steps: int, seconds: float, done: int) -> str:
     """One step in one line: mean reward over domains, accuracy of each, sampler speed, time left."""
     reward, accuracy = by_domain(line, "reward"), by_domain(line, "accuracy")
     left = seconds / done * (steps - line["step"])
-    return (f"step {line['step']:4d}/{steps}  reward {np.nanmean(list(reward.values())):+.2f}  "
+    mean = np.mean(list(reward.values())) if reward else float("nan")  # nan: every verifier call failed
+    return (f"step {line['step']:4d}/{steps}  reward {mean:+.2f}  "
             + " ".join(f"{d} {a:.2f}" for d, a in accuracy.items())
             + f"  {line['tokens_per_s']:,.0f} tok/s  {int(left) // 60}:{int(left) % 60:02d} left")
 

@@ -131,6 +131,8 @@ def load_policy(name: str, dtype: str):
         raise UserError(f"--model {name}: its tokenizer has {len(tokenizer)} ids, its embedding fewer")
     stop = model.generation_config.eos_token_id
     stop_ids = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
+    if not stop_ids:
+        raise UserError(f"--model {name}: neither its tokenizer nor its generation config names an end token")
     bf16 = dtype == "bfloat16" or dtype == "auto" and device.type == "cuda"
     return tokenizer, Policy(model, len(tokenizer), sorted(stop_ids), bf16)
 
@@ -269,7 +271,8 @@ def evaluate(policy, tokenizer, rows: list[dict], args) -> dict[str, float]:
         known = ~batch["reward"].isnan()
         for k in batch["domain"].unique().tolist():
             mine = known & (batch["domain"] == k)
-            found[f"eval/{name}/{DOMAINS[k]}"] = batch["correct"][mine].double().mean().item()
+            if mine.any():
+                found[f"eval/{name}/{DOMAINS[k]}"] = batch["correct"][mine].double().mean().item()
     return found
 
 
@@ -459,7 +462,8 @@ def main(argv: list[str] | None = None) -> Path:
     name = data.toy_folder() if args.model == "toy" else data.resolve_model(args.model)
     tokenizer, policy = load_policy(name, args.dtype)
     policy.temperature = args.temperature
-    train_rows, eval_rows = data.train_and_eval_rows(args, tokenizer, policy.model.config.max_position_embeddings)
+    context = getattr(policy.model.config, "max_position_embeddings", 1 << 30)
+    train_rows, eval_rows = data.train_and_eval_rows(args, tokenizer, context)
     rewards.sandbox.UNSAFE = args.allow_unsafe_code
     rewards.check_rows(train_rows + eval_rows, args.judge_url, args.sandbox_url)
     mix = data.domain_mix(train_rows, args.domain_mix)
