@@ -78,6 +78,7 @@ def parse_args(argv: list[str] | None = None):
     add("--loss-norm", choices=["sequence", "token", "constant"], default="sequence",
         help="mean per sequence then over sequences; over all tokens; or over sequences × --max-new-tokens")
     add("--engine", choices=["hf"], default="hf", help="the sampler: this file's KV-cached loop over the hf model")
+    add("--rollout-tokens", type=int, default=524288, help="tokens that are sampled at once; bounds the KV cache")
     add("--micro-batch-tokens", type=int, default=16384, help="tokens of one forward and backward pass")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of compute; auto: bfloat16 on CUDA")
     add("--reward-scheme", choices=["cgpo", "m2rl"], default="cgpo", help="+1/−0.5/−1 of the CGPO paper, or 0/1")
@@ -101,9 +102,15 @@ def parse_args(argv: list[str] | None = None):
         parser.set_defaults(**(TOY | ALGO_TOY))
         args = parser.parse_args(argv)
     for flag in ("batch_prompts", "mini_batch_prompts", "max_prompt_tokens", "max_new_tokens", "micro_batch_tokens",
-                 "save_every", "temperature", "lr"):
+                 "rollout_tokens", "save_every", "temperature", "lr"):
         if not getattr(args, flag) > 0:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be positive")
+    for flag in ("steps", "threads", "eval_prompts", "eval_samples", "eval_every", "max_grad_norm", "weight_decay",
+                 "beta"):
+        if not getattr(args, flag) >= 0:
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must not be negative")
+    if not all(0 <= beta < 1 for beta in args.adam_betas):
+        parser.error(f"--adam-betas {args.adam_betas}: each must be in [0, 1)")
     if args.batch_prompts % args.mini_batch_prompts:
         parser.error(f"--mini-batch-prompts {args.mini_batch_prompts} does not divide --batch-prompts "
                      f"{args.batch_prompts}")
@@ -142,7 +149,16 @@ def load_policy(name: str, dtype: str):
     if not stop_ids:
         raise UserError(f"--model {name}: neither its tokenizer nor its generation config names an end token")
     bf16 = dtype == "bfloat16" or dtype == "auto" and device.type == "cuda"
-    return tokenizer, Policy(model, len(tokenizer), sorted(stop_ids), bf16)
+    policy = Policy(model, len(tokenizer), sorted(stop_ids))
+    ids_BT = torch.arange(8, device=device)[None]
+    with torch.no_grad():  # the chunked head against the model's own forward pass
+        ours_T = policy(ids_BT, ids_BT > 0)[0][0, 1:]
+        own_TV = model(ids_BT).logits[0, :-1, :policy.vocab].log_softmax(-1)
+    policy.bf16 = bf16
+    if not torch.allclose(own_TV.gather(-1, ids_BT[0, 1:, None])[:, 0], ours_T, atol=1e-3):
+        raise UserError(f"--model {name}: its logits are not its output head times its last hidden state (soft-capped "
+                        "or scaled, as in Gemma 2 and Granite); this file's log-probs would be wrong")
+    return tokenizer, policy
 
 
 # ---------------- ALGO: state ----------------
@@ -181,7 +197,7 @@ def generate(policy, prompts_P: list[list[int]], uniform_BT, temperature: float)
     with policy.autocast():
         out = model(ids_PW, attention_mask=mask_BW, position_ids=(mask_BW.cumsum(1) - 1).clamp(min=0), use_cache=True,
                     logits_to_keep=1)
-        cache = out.past_key_values
+        cache = getattr(out, "past_key_values", None)
         if type(cache) is not DynamicCache:
             return generate_slowly(policy, ids_PW, mask_BW, uniform_BT, temperature)
         cache.batch_repeat_interleave(group)
@@ -237,8 +253,13 @@ def rollout(policy, tokenizer, rows_P: list[dict], group: int, key: tuple, tempe
         copies[row["id"]] += 1
         uniform += [rng(*key, row["id"], i, "sample").random(args.max_new_tokens) for i in range(first, first + group)]
     clock = [time.perf_counter()]
-    tokens, logps, lengths = (x.tolist() for x in generate(
-        policy, [row["ids"] for row in rows_P], torch.tensor(np.stack(uniform)), temperature))
+    tokens, logps, lengths = [], [], []
+    at_once = max(1, args.rollout_tokens // (group * (args.max_prompt_tokens + args.max_new_tokens)))
+    for p in range(0, len(rows_P), at_once):  # prompts
+        numbers_BT = torch.tensor(np.stack(uniform[p * group:(p + at_once) * group]))
+        parts = generate(policy, [row["ids"] for row in rows_P[p:p + at_once]], numbers_BT, temperature)
+        for whole, part in zip((tokens, logps, lengths), parts):
+            whole += part.tolist()
     clock.append(time.perf_counter())
     rows_B = [row for row in rows_P for _ in range(group)]
     responses = [ids[:n] for ids, n in zip(tokens, lengths)]

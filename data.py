@@ -23,6 +23,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jinja2
 import numpy as np
 
 DOMAINS = ("math", "code", "science", "writing", "if", "agent")
@@ -181,7 +182,7 @@ def save_folder(link: Path, tag: str, write) -> None:
 def read_jsonl(path: Path, upto: int) -> list[dict]:
     """A run's lines with "step" ≤ upto; a last line cut by a kill is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
@@ -229,7 +230,7 @@ def check_row(row, where: str) -> dict:
     prompt = row.get("prompt")
     is_text = isinstance(prompt, str) and prompt.strip()
     if not is_text and not (isinstance(prompt, list) and prompt and all(
-            isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt)):
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt)):
         raise UserError(f"{where}: field \"prompt\" must be a text or a list of {{\"role\", \"content\"}}")
     need = NEEDS[row["domain"]]
     if need not in row and "gym" not in row:
@@ -239,11 +240,16 @@ def check_row(row, where: str) -> dict:
     if need == "tests" and need in row:
         tests = row[need]
         inputs, outputs = (tests.get(k) if isinstance(tests, dict) else None for k in ("inputs", "outputs"))
-        paired = isinstance(inputs, list) and isinstance(outputs, list) and 0 < len(inputs) == len(outputs)
+        texts = isinstance(tests, dict) and "expression" in tests or all(isinstance(x, str) for x in [*(inputs or []), *(outputs or [])])
+        paired = isinstance(inputs, list) and isinstance(outputs, list) and 0 < len(inputs) == len(outputs) and texts
         if not (paired or isinstance(tests, dict) and isinstance(tests.get("asserts"), str)):
-            raise UserError(f"{where}: field \"tests\" needs \"asserts\", or \"inputs\" and as many \"outputs\"")
+            raise UserError(f"{where}: field \"tests\" needs \"asserts\", or \"inputs\" and as many \"outputs\", all texts")
+    if any("\ud800" <= letter <= "\udfff" for letter in str(prompt)):
+        raise UserError(f"{where}: field \"prompt\" holds half a surrogate pair, which no tokenizer takes")
     if need in ("constraints", "gold_calls") and not isinstance(row.get(need, []), list):
         raise UserError(f"{where}: field \"{need}\" must be a list")
+    if need == "gold_calls" and not all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in row.get(need, [])):
+        raise UserError(f"{where}: field \"gold_calls\" needs a \"name\" in each call")
     return row
 
 
@@ -341,13 +347,14 @@ def gym_rows(tasks: list[str], seed: int, size: int = 500) -> list[dict]:
 
 
 def hold_out(rows: list[dict], per_domain: int) -> tuple[list[dict], list[dict]]:
-    """(training rows, held-out rows): held out are at most `per_domain` rows and a quarter of each domain, the same
-    for every seed."""
-    held = set()
+    """(training rows, held-out rows): held out are at most `per_domain` prompts and a quarter of each domain's, the same
+    for every seed. A held-out prompt that comes again is in neither part twice."""
+    held = {}
     for domain in DOMAINS:
-        mine = sorted((row["id"] for row in rows if row["domain"] == domain), key=lambda i: rng("held-out", i).random())
-        held.update(mine[:min(per_domain, len(mine) // 4)])
-    return [row for row in rows if row["id"] not in held], [row for row in rows if row["id"] in held]
+        first = {str(row["prompt"]): row for row in reversed(rows) if row["domain"] == domain}
+        mine = sorted(first, key=lambda prompt: rng("held-out", first[prompt]["id"]).random())
+        held |= {prompt: first[prompt] for prompt in mine[:min(per_domain, len(mine) // 4)]}
+    return [row for row in rows if str(row["prompt"]) not in held], list(held.values())
 
 
 def train_and_eval_rows(args, tokenizer, context: int) -> tuple[list[dict], list[dict]]:
@@ -357,7 +364,7 @@ def train_and_eval_rows(args, tokenizer, context: int) -> tuple[list[dict], list
                         f"exceed the model's context of {context} tokens: lower one of them")
     rows = load_rows(args.data, args.domains, args.seed)
     if args.eval_data:
-        held_out = load_rows(args.eval_data, args.domains, args.seed)
+        held_out = [row for row in load_rows(args.eval_data) if not args.domains or row["domain"] in args.domains]
         trained = {str(row["prompt"]) for row in rows}
         both = sum(str(row["prompt"]) in trained for row in held_out)
         if both:
@@ -385,8 +392,14 @@ def encode_prompts(rows: list[dict], tokenizer, system: str, limit: int, name: s
                 messages = [{"role": "system", "content": f"{messages[0]['content']}\n\n{system}"}, *messages[1:]]
             elif system:
                 messages = [{"role": "system", "content": system}, *messages]
-            text = tokenizer.apply_chat_template(messages, tools=row.get("tools"), tokenize=False,
-                                                 add_generation_prompt=True)
+            options = {"tools": row.get("tools"), "tokenize": False, "add_generation_prompt": True}
+            try:
+                text = tokenizer.apply_chat_template(messages, **options)
+            except jinja2.TemplateError:  # some templates know no system role: its text opens the user's turn
+                if messages[0]["role"] != "system" or len(messages) < 2:
+                    raise UserError(f"row {row['id']}: the model's chat template refuses this prompt") from None
+                turn = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+                text = tokenizer.apply_chat_template([turn, *messages[2:]], **options)
             ids = tokenizer(text, add_special_tokens=False).input_ids
         else:
             parts = [system, *(message["content"] for message in messages)]

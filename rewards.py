@@ -19,6 +19,7 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import http.client
 import json
 import os
 import queue
@@ -27,6 +28,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 import warnings
@@ -76,7 +78,8 @@ def score(responses: list[str], rows: list[dict], scheme: str = "cgpo", verifier
     todo = collections.defaultdict(list)
     answers = {}
     for i, (response, row) in enumerate(zip(responses, rows, strict=True)):
-        answer, why = extract_answer(response, strict=scheme == "cgpo")
+        short = "gym" in row or row["domain"] in ("math", "science")  # elsewhere a box would hide the rest
+        answer, why = extract_answer(response, scheme == "cgpo", unwrap=short)
         if answer is None:
             scores[i] = Score(INVALID if scheme == "cgpo" else 0.0, False, False, f"format: {why}")
         else:
@@ -100,9 +103,14 @@ def check_rows(rows: list[dict], judge_url: str, sandbox_url: str) -> None:
             raise UserError("writing rows need --judge-url, an OpenAI-compatible server (the paper's judge is "
                             "Qwen2.5-72B-Instruct)")
         for constraint in row.get("constraints", []):
-            if constraint["id"] not in CONSTRAINTS:
-                raise UserError(f"row {row['id']}: unknown constraint {constraint['id']}; known: "
-                                f"{', '.join(CONSTRAINTS)}")
+            if not isinstance(constraint, dict) or constraint.get("id") not in CONSTRAINTS:
+                name = constraint.get("id") if isinstance(constraint, dict) else constraint
+                raise UserError(f"row {row['id']}: unknown constraint {name}; known: {', '.join(CONSTRAINTS)}")
+            try:
+                holds(constraint, "")
+            except Exception as error:  # whatever its arguments do to the checker
+                raise UserError(f"row {row['id']}: constraint {constraint['id']} cannot be checked with these arguments: "
+                                f"{type(error).__name__} {error}") from error
 
 
 def to_score(verdict: Verdict, answer: str, row: dict, scheme: str, count_tokens) -> Score:
@@ -123,11 +131,11 @@ def to_score(verdict: Verdict, answer: str, row: dict, scheme: str, count_tokens
 
 # ---------------- format ----------------
 
-def extract_answer(response: str, strict: bool = True) -> tuple[str | None, str]:
+def extract_answer(response: str, strict: bool = True, unwrap: bool = True) -> tuple[str | None, str]:
     r"""(answer, "") or (None, what is wrong with the format).
 
     strict (C.3): <think>…</think>, once, first; then one <answer>…</answer> and nothing behind it, or, without answer
-    tags, text with a \boxed{…}. A \boxed{…} inside the answer is unwrapped; of several the last counts.
+    tags, text with a \boxed{…}. With unwrap, so is a \boxed{…} inside the answer; of several the last counts.
     not strict (M2RL): only one </think> is needed; the answer is the tag's or box's content, else all that follows.
     """
     text = response.strip()
@@ -146,10 +154,10 @@ def extract_answer(response: str, strict: bool = True) -> tuple[str | None, str]
     elif boxed(rest) is None and strict:
         return None, "no <answer> and no \\boxed"
     else:
-        answer = rest
+        answer, unwrap = rest, True
     if strict and ("<answer>" in think or "</answer>" in think):
         return None, "<answer> inside <think>"
-    inner = boxed(answer)
+    inner = boxed(answer) if unwrap else None
     answer = (answer if inner is None else inner).strip()
     return (answer, "") if answer else (None, "empty answer")
 
@@ -187,6 +195,8 @@ class Worker:
             return None
 
     def close(self):
+        with contextlib.suppress(subprocess.TimeoutExpired):  # let a dying one tell why
+            self.process.wait(0.5)
         self.process.kill()
         self.process.wait()
         self.process.stdin.close()
@@ -213,7 +223,10 @@ def ask_workers(jobs: list[dict]) -> list[str]:
         reply = worker.ask(job)
         if reply is None:
             worker.close()
-            return "timeout"
+            if worker.process.returncode > 0:  # an exception outside the check: the checker itself is broken
+                raise UserError(f"the {job['check']} checker cannot start: is its package installed? (`python rewards.py "
+                                "--worker`, then a line of JSON, shows the error)")
+            return "timeout" if worker.process.returncode == -signal.SIGALRM else "crashed"
         idle_workers.put(worker)
         return reply
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
@@ -267,12 +280,21 @@ def plain_number(text: str) -> Fraction | None:
     return Fraction(text) if re.fullmatch(r"[-+]?\d{1,40}(\.\d{1,40})?", text.strip()) else None
 
 
+def unevaluated(answer: str) -> bool:
+    """Is there something left to compute: 4+4-2, 17*23, 5!, an integral, or 1=3? (a·10^n, roots and fractions are values)"""
+    text = re.sub(r"(\\times|\\cdot|[*×·])\s*10\s*\^", "e", answer)
+    chain = re.search(r"[\w)}\]]\s*([-+*×·!]|\\times|\\cdot)|\\(int|sum|prod|binom|lim)", text)
+    return bool(chain) or "=" in text and not re.match(r"\s*[A-Za-z]\w?\s*=[^=]*$", text)
+
+
 def check_math(answers, rows, options) -> list[Verdict]:
     """verify_math(o_ans, a): equal texts or plain numbers at once, everything else symbolically."""
     verdicts: list[Verdict | None] = []
     for answer, row in zip(answers, rows):
         a, b = plain_number(answer), plain_number(row["answer"])
         known = answer == row["answer"].strip() or (a == b if a is not None and b is not None else None)
+        if known is None and b is not None and unevaluated(answer):
+            known = False  # the reference is a number: a sum that gives it, such as the question's own, is no answer
         verdicts.append(None if known is None else Verdict(known, "right" if known else "wrong"))
     open_ = [i for i, verdict in enumerate(verdicts) if verdict is None]
     jobs = [{"check": "math", "gold": rows[i]["answer"], "answer": answers[i]} for i in open_]
@@ -354,7 +376,7 @@ def run_program(code: str, tests: dict, url: str) -> Verdict:
             status, result = reply["status"], reply.get("run_result") or {}
             if status == "SandboxError":
                 return Verdict(None, f"sandbox-error: {reply.get('message')}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError) as error:
             return Verdict(None, f"sandbox-error: {url}: {type(error).__name__} {error}")
         if status != "Success" or result.get("return_code") != 0:
             return Verdict(False, "timeout" if result.get("status") == "TimeLimitExceeded" else "exception")
@@ -400,11 +422,12 @@ def decide(reply: str | UserError, pattern: str, meaning: dict, who: str) -> Ver
 
 
 def normalise(text: str) -> str:
-    text = re.sub(r"\\(text|mathrm)\{(.*?)\}", r"\2", text.lower()).strip(" .$\n\t")
-    return re.sub(r"\s+", " ", re.sub(r"\b(a|an|the)\b|[\"'“”‘’]", " ", text)).strip()
+    text = re.sub(r"\\(text|mathrm)\{(.*?)\}", r"\2", text.lower()).strip(" .$\n\t*")
+    return re.sub(r"^(a|an|the) ", "", re.sub(r"\s+", " ", re.sub(r"[\"'“”‘’]", " ", text)).strip())
 
 
-NUMBER = re.compile(r"\$?\s*([-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?)\s*\$?\s*(.*)", re.IGNORECASE | re.DOTALL)
+UNIT = r"[a-zµ°%Ω][a-zµ°Ω/·*²³]{0,11}(?:\^-?\d)?"
+NUMBER = re.compile(rf"\$?\s*([-+]?\d+(?:,\d{{3}})*(?:\.\d+)?(?:e[-+]?\d+)?(?:/[1-9]\d*)?)\$?\s*({UNIT}(?: {UNIT})?)?")
 
 
 def short_answer_equal(answer: str, reference: str, match: str | None = None) -> bool:
@@ -413,16 +436,18 @@ def short_answer_equal(answer: str, reference: str, match: str | None = None) ->
     if match == "last-word":
         return normalise(answer).split()[-1:] == normalise(reference).split()[-1:]
     if re.fullmatch(r"\(?[A-Z]\)?\.?", reference.strip()):
-        letters = re.findall(r"(?<![A-Za-z'’])\(?([A-Z])\)?(?=[\s.:),]|$)", answer)
-        begins = re.match(r"\s*(?:option|answer|choice)?\s*:?\s*\(?([A-Za-z])\)?(?:[\s.:),]|$)", answer, re.IGNORECASE)
-        only = begins and set(letters) <= {begins[1].upper()} | ({"A", "I"} if len(answer.split()) > 2 else set())
-        return bool(only) and begins[1].upper() == reference.strip(" ().")
+        text = re.sub(r"\\text\{(.*?)\}|\*\*|^\s*(?:the )?(?:correct )?(?:answer|option|choice)(?: is|:)?", r"\1", answer,
+                      flags=re.IGNORECASE)
+        alone = re.fullmatch(r"[\s(]*([A-Za-z])[\s).:]*", text)
+        with_text = re.match(r"\s*\(?([A-Z])[).:] *(?!.*\b[B-HJ-Z]\b)", text, re.DOTALL)  # and no other letter behind
+        letter = alone or with_text
+        return bool(letter) and letter[1].upper() == reference.strip(" ().")
     a, b = NUMBER.fullmatch(normalise(answer)), NUMBER.fullmatch(normalise(reference))
     if a and b:
-        x, y = (float(m[1].replace(",", "")) for m in (a, b))
+        x, y = (float(top) / float(bottom or 1) for top, _, bottom in (m[1].replace(",", "").partition("/") for m in (a, b)))
         tolerance = 1e-9 if re.fullmatch(r"[-+]?[\d,]+", b[1]) else 0.01
-        bare_unit = not b[2] and re.fullmatch(r"[^\s\d,;]{1,12}", a[2])  # a word, never "or 4"
-        return abs(x - y) <= tolerance * abs(y) and bool(a[2] == b[2] or not a[2] or bare_unit)
+        alike = a[2] == b[2] or not a[2] or not b[2] and "%" not in a[2] and " " not in a[2]  # never "or four"
+        return abs(x - y) <= tolerance * abs(y) and alike
     return normalise(answer) == normalise(reference)
 
 
@@ -506,7 +531,13 @@ def nth_paragraph(text: str, kw: dict) -> bool:
 
 def postscript(text: str, marker: str) -> bool:
     pattern = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}.get(marker, re.escape(marker.lower()))
-    return bool(re.search(rf"\s*{pattern}.*$", text.lower(), re.MULTILINE))
+    return bool(re.search(rf"{pattern}.*$", text.lower(), re.MULTILINE))
+
+
+def two_responses(text: str, kw: dict) -> bool:
+    parts = [part.strip() for part in text.split("******")]
+    filled = [part for part in parts if part]
+    return len(filled) == 2 and filled[0] != filled[1] and all(parts[1:-1])
 
 
 def highlights(text: str) -> int:
@@ -527,8 +558,8 @@ CONSTRAINTS = {
     "length_constraints:nth_paragraph_first_word": nth_paragraph,
     "detectable_content:number_placeholders": lambda t, k: len(re.findall(r"\[.*?\]", t)) >= k["num_placeholders"],
     "detectable_content:postscript": lambda t, k: postscript(t, k["postscript_marker"]),
-    "detectable_format:number_bullet_lists": lambda t, k: len(re.findall(r"^\s*\*[^\*].*$", t, re.MULTILINE))
-        + len(re.findall(r"^\s*-.*$", t, re.MULTILINE)) == k["num_bullets"],
+    "detectable_format:number_bullet_lists": lambda t, k: len(re.findall(r"^[^\S\n]*\*[^\*].*$", t, re.MULTILINE))
+        + len(re.findall(r"^[^\S\n]*-.*$", t, re.MULTILINE)) == k["num_bullets"],
     "detectable_format:constrained_response": lambda t, k: any(
         f"My answer is {option}." in t for option in ("yes", "no", "maybe")),
     "detectable_format:number_highlighted_sections": lambda t, k: highlights(t) >= k["num_highlights"],
@@ -536,8 +567,7 @@ CONSTRAINTS = {
         rf"\s?{k['section_spliter']}\s?\d+\s?", t)) - 1 >= k["num_sections"],
     "detectable_format:json_format": lambda t, k: is_json(t),
     "detectable_format:title": lambda t, k: any(m.strip("<>").strip() for m in re.findall(r"<<[^\n]+>>", t)),
-    "combination:two_responses": lambda t, k: len(set(p.strip() for p in t.split("******") if p.strip())) == 2
-        and all(p.strip() for p in t.split("******")[1:-1]),
+    "combination:two_responses": two_responses,
     "combination:repeat_prompt": lambda t, k: t.strip().lower().startswith(k["prompt_to_repeat"].strip().lower()),
     "startend:end_checker": lambda t, k: t.strip().strip('"').lower().endswith(k["end_phrase"].strip().lower()),
     "startend:quotation": lambda t, k: len(t.strip()) > 1 and t.strip()[0] == t.strip()[-1] == '"',
@@ -546,15 +576,16 @@ CONSTRAINTS = {
 }
 
 
+def holds(constraint: dict, text: str) -> bool:
+    """Is one constraint met? Its null arguments (IFEval pads with them) are left out."""
+    return CONSTRAINTS[constraint["id"]](text, {k: v for k, v in (constraint.get("kwargs") or {}).items() if v is not None})
+
+
 def check_if(answers, rows, options) -> list[Verdict]:
     """1 iff every constraint is met, strictly. Unknown ids are errors (check_rows): skipping one would pay for nothing."""
     verdicts = []
     for answer, row in zip(answers, rows):
-        try:
-            failed = [c["id"] for c in row["constraints"] if not CONSTRAINTS[c["id"]](
-                answer, {k: v for k, v in (c.get("kwargs") or {}).items() if v is not None})]
-        except KeyError as error:
-            raise UserError(f"row {row['id']}: a constraint lacks its argument {error}") from error
+        failed = [constraint["id"] for constraint in row["constraints"] if not holds(constraint, answer)]
         verdicts.append(Verdict(not failed, f"violates {failed[0]}" if failed else "right"))
     return verdicts
 
@@ -615,7 +646,8 @@ def ask_all(base: str, prompts: list[str], who: str, retries: int = 2) -> list[s
                 models["id"] = model
                 body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
                 return http_json(f"{base}/v1/chat/completions", body)["choices"][0]["message"]["content"] or ""
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
+                time.sleep(0.2 * attempt)
                 failure = UserError(f"{who} at {base}: {type(error).__name__} {error}")
         return failure
     models: dict[str, str] = {}

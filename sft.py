@@ -8,7 +8,7 @@ Rows are those of data.py with a "response" (and the token that ends it is train
 The toy: GPT-2, 2 layers × 128, 0.4 M parameters, its own small byte-pair tokenizer, trained on demonstrations that are
 28 % right; the rest follow a systematic bad habit of their domain (data.py), so that RL has something to unlearn.
 """
-import sys
+import fcntl
 import time
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def encode(rows: list[dict], tokenizer, limit: int) -> dict[str, torch.Tensor]:
     """{"ids", "mask"} [B, T] and "length" [B]; the mask covers the response and its end token."""
     whole, mask = [], []
     for row in rows:
-        response = tokenizer(row["response"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        response = tokenizer(row["response"].removeprefix(row["opened"]), add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         whole.append((row["ids"] + response)[:limit])
         mask.append(([False] * len(row["ids"]) + [True] * len(response))[:limit])
     T = max(map(len, whole))
@@ -89,19 +89,26 @@ def build_toy() -> str:
     texts = [(row["prompt"], row["response"]) for row in rows]
     recipe = [TOY_MODEL, TOY_TRAINING, tokenizer.backend_tokenizer.to_str(), texts]
     out = data.RUNS / f"toy-{data.hash_of(recipe)[:8]}"
-    if not (out / "checkpoint").exists():
-        print(f"building the toy model (once, under a minute) in {out}")
-        rows = data.encode_prompts(rows, tokenizer, "", TOY_MODEL["n_positions"])
-        with torch.random.fork_rng():
-            torch.manual_seed(TOY_TRAINING["seed"])
-            eos = tokenizer.eos_token_id
-            config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, **TOY_MODEL)
-            policy = Policy(GPT2LMHeadModel(config), len(tokenizer), [eos])
-        settings = {k: TOY_TRAINING[k] for k in ("steps", "batch_rows", "lr", "warmup_steps", "seed")}
-        optimizer = train(policy, tokenizer, rows, budget=4096, limit=TOY_MODEL["n_positions"], **settings)
-        out.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(out, TOY_TRAINING["steps"], policy, tokenizer, optimizer, {})
+    data.RUNS.mkdir(exist_ok=True)
+    with open(data.RUNS / "toy.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two scripts started together build it once
+        if not (out / "checkpoint").exists():
+            train_toy(out, tokenizer, rows)
     return str(out / "checkpoint")
+
+
+def train_toy(out: Path, tokenizer, rows: list[dict]) -> None:
+    print(f"building the toy model (once, under a minute) in {out}")
+    rows = data.encode_prompts(rows, tokenizer, "", TOY_MODEL["n_positions"])
+    with torch.random.fork_rng():
+        torch.manual_seed(TOY_TRAINING["seed"])
+        eos = tokenizer.eos_token_id
+        config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, **TOY_MODEL)
+        policy = Policy(GPT2LMHeadModel(config), len(tokenizer), [eos])
+    settings = {k: TOY_TRAINING[k] for k in ("steps", "batch_rows", "lr", "warmup_steps", "seed")}
+    optimizer = train(policy, tokenizer, rows, budget=4096, limit=TOY_MODEL["n_positions"], **settings)
+    out.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(out, TOY_TRAINING["steps"], policy, tokenizer, optimizer, {})
 
 
 def parse_args(argv: list[str] | None = None):

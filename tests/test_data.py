@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 
+import jinja2
 import pytest
 
 import data
@@ -34,6 +35,10 @@ def test_files_and_folders_give_rows_with_unique_ids(tmp_path):
     ({"domain": "code", "prompt": "?", "tests": {"inputs": ["1"], "outputs": []}}, "line 7: field \"tests\""),
     ({"domain": "writing", "prompt": "?"}, "line 7: field \"reference\""),
     ({"domain": "if", "prompt": "?", "constraints": "x"}, "line 7: field \"constraints\" must be a list"),
+    ({**GOOD, "prompt": "\ud800"}, "line 7: field \"prompt\" holds half"), ({**GOOD, "prompt": [{"role": "user", "content": None}]}, "line 7"),
+    ({"domain": "code", "prompt": "?", "tests": {"inputs": [1], "outputs": [2]}}, "line 7: field \"tests\""),
+    ({"domain": "code", "prompt": "?", "tests": 5}, "line 7: field \"tests\""),
+    ({"domain": "agent", "prompt": "?", "gold_calls": [{"arguments": {}}]}, "line 7: field \"gold_calls\" needs a \"name\""),
     ({"domain": "agent", "prompt": "?"}, "line 7: field \"gold_calls\""),
 ])
 def test_a_bad_line_names_file_line_and_field(tmp_path, line, message):
@@ -90,6 +95,13 @@ def test_prompts_use_the_chat_template_or_plain_text(capsys):
     assert texts(rows, tokenizer, "think") == ["system:think|user:hello|None|assistant:<think>\n",
                                                "system:be kind\n\nthink|user:hi|[1]|assistant:<think>\n"]
     assert {row["opened"] for row in data.encode_prompts(rows, tokenizer, "", 999)} == {"<think>"}
+
+    def refuse_system(messages, **options):                             # as Gemma's template does
+        if messages[0]["role"] == "system":
+            raise jinja2.TemplateError("System role not supported")
+        return Bytes.apply_chat_template(tokenizer, messages, **options)
+    tokenizer.apply_chat_template = refuse_system
+    assert texts(rows[:1], tokenizer, "think") == ["user:think\n\nhello|None|assistant:<think>\n"]
     tokenizer.chat_template = ""                                        # as good as none
     assert texts(rows, tokenizer, "", limit=5) == ["hello"]
     assert "dropped 1 of 2 prompts longer than 5 tokens (agent 1)" in capsys.readouterr().out
@@ -102,6 +114,9 @@ def test_held_out_rows_are_disjoint_and_the_same_for_every_seed():
     assert not {r["id"] for r in train} & {r["id"] for r in held} and len(train) + len(held) == len(data.toy_rows())
     counts = Counter(row["domain"] for row in held)
     assert counts == {"math": 40, "code": 40, "science": 12, "writing": 40, "if": 40}
+    again = [{"id": str(i), "domain": "math", "prompt": f"prompt {i % 10}"} for i in range(100)]
+    train, held = data.hold_out(again, 40)
+    assert len(held) == 2 and len(train) == 80 and not {r["prompt"] for r in train} & {r["prompt"] for r in held}
 
 
 def test_batches_keep_the_mix_and_are_a_function_of_the_seed():
@@ -178,6 +193,12 @@ def test_save_folder_is_all_or_nothing(tmp_path):
     assert (link / "x").read_text() == "one" and sorted(os.listdir(tmp_path)) == ["checkpoint", "checkpoint-1"]
     data.save_folder(link, "3", lambda folder: (folder / "x").write_text("three"))
     assert (link / "x").read_text() == "three" and sorted(os.listdir(tmp_path)) == ["checkpoint", "checkpoint-3"]
+
+
+def test_a_runs_lines_survive_every_character(tmp_path):
+    lines = [{"step": 1, "response": "a\u2028b\x85c\u2029\x0c\x1c"}, {"step": 2, "response": "é\n"}, {"step": 3}]
+    data.write_jsonl(tmp_path / "samples.jsonl", lines)
+    assert data.read_jsonl(tmp_path / "samples.jsonl", 2) == lines[:2]
 
 
 def test_toy_demonstrations_mix_habits_and_good_ones():

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import grpo
+import sft
 from conftest import flags, gradients, make_batch, make_policy, parameters, tiny_model
 
 
@@ -39,6 +40,18 @@ def test_log_probs_leave_out_ids_the_tokenizer_lacks():
     b, t = 0, int(batch["mask"][0].int().argmax())
     expected = torch.log_softmax(logits[b, t - 1], -1)[batch["ids"][b, t]]
     assert torch.allclose(policy(batch["ids"], batch["mask"])[0][b, t], expected, atol=1e-5)
+
+
+def test_models_with_another_head_are_refused(tmp_path):
+    """Gemma 2 caps its logits, Granite scales them: hidden states through the output head are not their logits."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 300, "logits_scaling": 8.0, "initializer_range": 0.5}
+    torch.manual_seed(0)
+    GraniteForCausalLM(GraniteConfig(**shape)).save_pretrained(tmp_path)
+    sft.toy_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(grpo.UserError, match="soft-capped or scaled"):
+        grpo.load_policy(str(tmp_path), "float32")
 
 
 def test_temperature_divides_the_logits():

@@ -77,6 +77,8 @@ def test_m2rl_needs_only_the_closing_tag_and_pays_0_or_1():
     ("3", "1, 2, 3, 4", False), ("3", "2 or 3", False), ("3", "\\boxed{1}\\boxed{3}", True),
     ("3", "\\boxed{3}\\boxed{1}", False), ("3", "three hundred words of prose about nothing", False),
     ("3", "\\text{no answer}", False), ("3", "{" * 500, False), ("12", "12 apples", True),
+    ("6", "4+4-2", False), ("391", "17*23", False), ("120", "5!", False), ("7", "\\int_0^7 1 dx", False), ("3", "1=3", False),
+    ("3", "x = 3", True), ("3000", "3 \\times 10^3", True), ("2", "\\sqrt{4}", True), ("-2", "-2.0", True), ("6", "$6$", True),
 ])
 def test_math(gold, answer, right):
     found = one(wrap(answer), {"domain": "math", "answer": gold})
@@ -129,6 +131,10 @@ def test_humaneval_pays_for_all_canonical_solutions_and_for_no_broken_one():
 @pytest.mark.parametrize("gold, answer, right", [
     ("B", "B", True), ("B", "(B)", True), ("B", "B) the blue one", True), ("B", "b", True), ("B", "C", False),
     ("B", "A B C D", False), ("B", "B or C", False), ("B", "(A) (B)", False), ("B", "blue", False), ("B", "Option B", True),
+    ("B", "\\text{B}", True), ("B", "**B**", True), ("B", "The answer is B", True), ("B", "b or c", False), ("B", "b, c", False),
+    ("vitamin A", "vitamin", False), ("a", "the", False), ("1/2", "1", False), ("1/2", "0.5", True), ("2/3", "0.667", True),
+    ("1.5 x 10^-3", "1.5", False), ("12 March 1905", "12", False), ("3:1", "3", False), ("10-20", "10", False),
+    ("2 and 5", "2", False), ("3 sqrt(2)", "3", False), ("5", "5!", False), ("5", "5%", False), ("5", "5/7", False),
     ("3.20", "3.21", True), ("3.20", "3.9", False), ("4", "4", True), ("4", "4.03", False), ("1,000", "1000", True),
     ("5 m/s", "5", True), ("5 m/s", "5 m/s", True), ("5 m/s", "5 km/h", False), ("2e-3", "0.002", True), ("3", "3 or 4", False), ("3", "3, 4, 5", False), ("3", "3 apples", True),
     ("Paris", "the paris.", True), ("Paris", "not Paris", False), ("Paris", "Rome, Paris, London", False),
@@ -138,7 +144,7 @@ def test_science_without_a_verifier(gold, answer, right):
     row = {"domain": "science", "answer": gold}
     found = one(wrap(answer), row)
     longer = abs(len(answer.split()) - len(gold.split()))
-    assert found[:3] == ((1.0 - 0.05 * longer, True, True) if right else (0.0, False, True))
+    assert found[:3] == ((pytest.approx(1.0 - 0.05 * longer), True, True) if right else (0.0, False, True))
 
 
 def test_science_pays_less_for_length_down_to_a_half():
@@ -178,6 +184,7 @@ IF_CASES = [  # (id, kwargs, met by, not met by)
     ("detectable_format:json_format", {}, "```json\n{\"a\": 1}\n```", "a: 1"),
     ("detectable_format:title", {}, "<<Ode>>\ntext", "<< >> text"),
     ("combination:two_responses", {}, "one\n******\ntwo", "one\n******\none"),
+    ("combination:two_responses", {}, "******one\n******\ntwo", "a\n******\nb\n******\na"),
     ("combination:repeat_prompt", {"prompt_to_repeat": "Say hi"}, "say hi. hi", "hi"),
     ("startend:end_checker", {"end_phrase": "The end."}, "x the END.", "The end. x"),
     ("startend:quotation", {}, '"all of it"', '"some" of it'),
@@ -199,9 +206,26 @@ def test_all_constraints_must_hold_and_unknown_ones_are_errors():
     assert {case[0] for case in IF_CASES} | {"toy:say"} == set(rewards.CONSTRAINTS)
     with pytest.raises(UserError, match="language:response_language"):
         one(wrap("a"), {"domain": "if", "constraints": [{"id": "language:response_language"}]})
-    with pytest.raises(UserError, match="num_words"):
-        one(wrap("a"), {"domain": "if", "constraints": [{"id": "length_constraints:number_words",
-                                                          "kwargs": {"relation": "at least"}}]})
+    for bad in ({"relation": "at least"}, {"relation": "at most", "num_words": 5}, {"relation": "at least", "num_words": "5"}):
+        with pytest.raises(UserError, match="row r: constraint length_constraints:number_words cannot be checked"):
+            one("", {"domain": "if", "constraints": [{"id": "length_constraints:number_words", "kwargs": bad}]})
+    for bad in ("punctuation:no_comma", {"kwargs": {}}, {"id": "keywords:existence", "kwargs": {"keywords": ["a(b"]}}):
+        with pytest.raises(UserError, match="row r: "):
+            one("", {"domain": "if", "constraints": [bad]})
+
+
+def test_a_box_hides_nothing_where_the_whole_answer_counts():
+    no_comma = {"domain": "if", "constraints": [{"id": "punctuation:no_comma"}]}
+    assert one(wrap("a, b, c \\boxed{ok}"), no_comma).reward == -0.5
+    assert one(wrap("def add(a, b):  # \\boxed{x}\n    return a + b"), FUNCTION).reward == 1.0
+
+
+def test_a_checker_that_cannot_start_stops_the_run(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('broken')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    rewards.close_workers()
+    with pytest.raises(UserError, match="math checker cannot start"):
+        one(wrap("\\frac{1}{2}"), {"domain": "math", "answer": "x"})
 
 
 GOLD = [{"name": "move", "arguments": {"to": "a", "fast": True}}, {"name": "stop", "arguments": "{}"}]
@@ -246,6 +270,8 @@ def server():
             reply = self.server.reply(body["messages"][0]["content"])
             if isinstance(reply, int):
                 self.send_error(reply)
+            elif reply == "cut":  # promises more than it sends
+                self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n{")
             elif reply is not None:
                 self.send({"choices": [{"message": {"content": reply}}]})
 
@@ -261,11 +287,11 @@ def server():
 
 def test_the_verifier_decides_and_its_failures_are_not_wrong_answers(server):
     row = {"domain": "science", "prompt": "Why?", "answer": "the truth"}
-    replies = {"yes": "Both agree.\nFinal Decision: Yes", "no": "Final Decision: **No**", "mute": "hm", "broken": 500, "gone": None}
+    replies = {"yes": "Both agree.\nFinal Decision: Yes", "no": "Final Decision: **No**", "mute": "hm", "broken": 500, "gone": None, "cut": "cut"}
     server.reply = lambda text: replies[text.split("Student answer: ")[1].split("\n")[0]]
-    found = score([wrap(name) for name in replies], [{"id": "r", **row}] * 5, verifier_url=server.url)
-    assert [s.reward for s in found] == [0.95, 0.0, None, None, None]   # "yes" is a word shorter than the truth
-    assert [s.correct for s in found] == [True, False, None, None, None]
+    found = score([wrap(name) for name in replies], [{"id": "r", **row}] * 6, verifier_url=server.url)
+    assert [s.reward for s in found] == [0.95, 0.0, None, None, None, None]   # "yes" is a word shorter than the truth
+    assert [s.correct for s in found] == [True, False, None, None, None, None]
     assert all(s.why.startswith("verifier-error") for s in found[2:])
     refused = score([wrap("yes")], [{"id": "r", **row}], verifier_url="http://127.0.0.1:9")[0]
     assert refused.reward is None and "refused" in refused.why
