@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 CORES = os.cpu_count() or 1
 UNSAFE = False  # True (--allow-unsafe-code): no seccomp; the two processes and the limits stay
-PRELOAD = """abc argparse array ast base64 binascii bisect calendar cmath collections.abc concurrent.futures.thread
-    contextlib copy csv ctypes dataclasses datetime decimal difflib enum fractions functools gc glob hashlib heapq html
+PRELOAD = """__future__ abc argparse array base64 binascii bisect calendar cmath collections.abc concurrent.futures.thread
+    ast contextlib copy csv ctypes dataclasses datetime decimal difflib enum fractions functools gc glob hashlib heapq html
     inspect io itertools json keyword locale logging math numbers operator os.path pathlib pickle platform pprint queue
     random re secrets shutil signal socket statistics string struct subprocess sys tempfile textwrap threading time
     timeit traceback types typing unicodedata unittest urllib.parse uuid warnings weakref zlib zoneinfo _strptime
@@ -114,7 +114,9 @@ def solution() -> None:
         os.close(old)
     get, put, objects, message = open(SIDE_S, "rb"), open(SIDE_S, "wb"), [], None
     source, setup, seconds, memory, name = receive(get)
-    sys.stdin, sys.stdout, space = open(0), open(1, "w"), {"__name__": name}
+    sys.stdin, sys.stdout, space = open(0, closefd=False), open(1, "w", closefd=False), {"__name__": name}
+    size = os.fstat(0)  # fast-input idioms ask for it; the call itself is not in the allow-list
+    os.fstat = lambda fd: size
     while True:
         try:
             if message is None:

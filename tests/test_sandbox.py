@@ -298,6 +298,12 @@ def test_stdin_and_stdout():
     for wrong in ("print(2)", "print(2)\nprint(4)\nprint(6)", "print(2, 4)", "print(' 2')\nprint(4)", "pass", "print('2\\n\\n4')"):
         assert sandbox.run(wrong, {"inputs": ["1\n2\n"], "outputs": ["2\n4\n"]}).why == "assertion"
     assert sandbox.run("print(2)\nprint(4)\nraise ValueError", {"inputs": ["1"], "outputs": ["2\n4"]}).why == "exception:ValueError"
+    for idiom in ("import sys\nprint(sum(map(int, sys.stdin.buffer.read().split())))", "print(sum(map(int, open(0).read().split())))",
+                  "from __future__ import annotations\nimport sys\ninput = sys.stdin.readline\nprint(int(input()) + int(input()))",
+                  "import io, os\ni = io.BytesIO(os.read(0, os.fstat(0).st_size)).readline\nprint(int(i()) + int(i()))",
+                  "import sys\nsys.stdin, sys.stdout = open(0), open(1, 'w')\nprint(sum(map(int, sys.stdin)))\nsys.exit(0)",
+                  "import threading\ndef main(): print(int(input()) + int(input()))\nt = threading.Thread(target=main)\nt.start()\nt.join()"):
+        assert sandbox.run(idiom, {"inputs": ["3\n4\n"], "outputs": ["7"]}) == (True, "passed"), idiom
     big = "9" * 70_000 + "\n"
     assert sandbox.run("print(input()[::-1])", {"inputs": [big], "outputs": [big]}).passed
     assert sandbox.run("print('9' * 10_000_000)", {"inputs": [""], "outputs": ["9" * 10_000_000]}).passed  # large and legal
