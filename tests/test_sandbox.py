@@ -94,7 +94,7 @@ FORGERIES = {
     "huge value": "def f(x): return 'x' * (1 << 28)", "huge integer": "def f(x): return 1 << (1 << 30)",
     "unhashable key": "def f(x): return {(): {}, frozenset(): f}", "ctypes crash": "import ctypes\nctypes.string_at(0)",
     "ctypes crash in f": "import ctypes\ndef f(x): return ctypes.string_at(1)", "abort": "import os\nos.abort()",
-    "argument mutation": "def f(x): return None", "nothing defined": "pass", "not callable": "f = 4",
+    "nothing defined": "pass", "not callable": "f = 4",
     "frames": "import sys\ndef f(x):\n    for depth in range(9):\n        try: frame = sys._getframe(depth)\n        except ValueError: return None\n"
               "        for v in (*frame.f_locals.values(), *frame.f_globals.values()):\n            if isinstance(v, str) and 'for x in' + ' (2' in v: return x * x",
     "heap search": "import gc\ndef f(x):\n    for o in gc.get_objects():\n        if isinstance(o, dict) and 'for x in' + ' (2' in str(o.get('asserts')): return x * x",
@@ -103,9 +103,9 @@ ATTEMPTS = {
     "read a file": "return open('/etc/passwd').read()", "read the tests' file": f"return open({__file__!r}).read()",
     "list a folder": "return os.listdir('/')", "read the cwd": "return os.getcwd()", "stat": "return os.stat('/')",
     "read /proc": "return open('/proc/self/cmdline').read()", "read the parent's memory": "return open(f'/proc/{os.getppid()}/mem', 'rb')",
-    "write a file": "return open('/tmp/sandbox-left-behind', 'w').write('x')", "delete a file": "os.remove(CANARY)\n    return True",
-    "rename a file": "os.rename(CANARY, CANARY + '2')\n    return True", "chmod": "os.chmod(CANARY, 0)\n    return True",
-    "symlink": "os.symlink('/', '/tmp/sandbox-left-behind')\n    return True", "mkdir": "os.mkdir('/tmp/sandbox-left-behind')\n    return True",
+    "write a file": "return open('/tmp/sandbox-left-behind', 'w').write('x')", "delete a file": "os.remove(CANARY)\nreturn True",
+    "rename a file": "os.rename(CANARY, CANARY + '2')\nreturn True", "chmod": "os.chmod(CANARY, 0)\nreturn True",
+    "symlink": "os.symlink('/', '/tmp/sandbox-left-behind')\nreturn True", "mkdir": "os.mkdir('/tmp/sandbox-left-behind')\nreturn True",
     "disk bomb": "with open('/tmp/sandbox-left-behind', 'wb') as file:\n    file.write(bytes(1 << 20))\nreturn True",
     "memfd": "return os.memfd_create('x')", "environment": "return 'SECRET' in os.environ or any('hunter2' in v for v in os.environ.values())",
     "environment by getenv": "libc = ctypes.CDLL(None)\nlibc.getenv.restype = ctypes.c_char_p\nreturn libc.getenv(b'SECRET')",
@@ -124,7 +124,7 @@ ATTEMPTS = {
     "dumpable": "return ctypes.CDLL(None).prctl(4, 1, 0, 0, 0) == 0", "chroot": "os.chroot('/')\nreturn True",
     "setuid": "os.setuid(0)\nreturn True", "nice": "return os.nice(-5)", "affinity": "os.sched_setaffinity(0, [0])\nreturn True",
     "mount": "return ctypes.CDLL(None).mount(b'x', b'/tmp', b'tmpfs', 0, 0) == 0",
-    "import an unloaded module": "import sqlite3\nreturn True", "import from cwd": "sys.path.insert(0, '/work')\n    import data\n    return True",
+    "import an unloaded module": "import sqlite3\nreturn True", "import from a folder": f"sys.path.insert(0, {str(ROOT)!r})\nimport data\nreturn True",
     "install": "import pip\nreturn True",
 }
 SYSCALLS = {"fork": (57,), "vfork": (58,), "clone": (56, 17, 0, 0, 0, 0), "clone3": (435, 0, 0), "execve": (59, 0, 0, 0), "open": (2, 0, 0),
@@ -202,18 +202,20 @@ def stopped(code: str, **kwargs) -> str:
 
 @pytest.mark.parametrize("name", FORGERIES)
 def test_forgeries_and_bombs_are_stopped(name):
+    syntax = name in ("parser bomb", "unary bomb")
+    assert syntax or ast.parse(FORGERIES[name])                         # an attack with a typo proves nothing
     stopped(FORGERIES[name])
 
 
 @pytest.mark.parametrize("name", ATTEMPTS)
 def test_forbidden_acts_are_refused(name, nothing_left_behind):
-    stopped(if_done(ATTEMPTS[name], top=f"CANARY = {str(nothing_left_behind)!r}"))
+    assert stopped(if_done(ATTEMPTS[name], top=f"CANARY = {str(nothing_left_behind)!r}")) != "syntax"
 
 
 @pytest.mark.skipif(sandbox.platform.machine() != "x86_64", reason="numbers are x86_64's")
 @pytest.mark.parametrize("name", SYSCALLS)
 def test_raw_system_calls_are_refused(name):
-    stopped(syscall(*SYSCALLS[name]))
+    assert stopped(syscall(*SYSCALLS[name])) != "syntax"
 
 
 @pytest.mark.skipif(sandbox.platform.machine() != "x86_64", reason="machine code is x86_64's")
@@ -289,6 +291,13 @@ def test_tests_may_expect_exceptions_and_use_classes_and_helpers():
     helper = {"setup": "import math\ndef twice(x): return 2 * x", "asserts": "assert f(2) == twice(2)"}
     assert sandbox.run("def f(x): return twice(x)", helper).passed
     assert not sandbox.run("def twice(x): return 0\ndef f(x): return 0", helper).passed  # the tests keep their own helper
+
+
+def test_arguments_are_copies():
+    tests = {"asserts": "data = [1, 2]\nassert f(data) == [2 * x for x in data]\nassert data == [1, 2]"}
+    assert sandbox.run("def f(v): return [2 * x for x in v]", tests).passed
+    assert sandbox.run("def f(v):\n    v.clear()\n    return []", tests).why == "assertion"  # else the expected value empties too
+    assert sandbox.run("def f(v):\n    v[:] = [2 * x for x in v]\n    return v", tests).passed  # honest, in place: on its copy
 
 
 def test_stdin_and_stdout():
