@@ -1,5 +1,8 @@
 """What a run says to a person: the live line, the closing table, the curves."""
+import resource
+
 import numpy as np
+import torch
 
 from data import DOMAINS
 
@@ -25,6 +28,35 @@ def domain_metrics(batch: dict) -> dict[str, float]:
                   "prompts": len(groups)}
         found |= {f"{name}/{DOMAINS[k]}": float(value) for name, value in values.items() if value == value}
     return found
+
+
+def mean_stats(parts: list[dict]) -> dict[str, float]:
+    """Mean of statistics over updates, weighted by their tokens."""
+    total = sum(part["tokens"] for part in parts)
+    names = dict.fromkeys(name for part in parts for name in part if name != "tokens")
+    means = {name: sum(p[name] * p["tokens"] for p in parts if name in p) / sum(p["tokens"] for p in parts if name in p)
+             for name in names}
+    return means | {"tokens": total}
+
+
+def opening(algorithm: str, policy, engine: str, args, out, steps: int, train: int, held_out: int, mix: dict, start: int):
+    """What a run says first: model, engine, and the batch arithmetic in words."""
+    minis = args.batch_prompts // args.mini_batch_prompts
+    return (f"{algorithm} · {args.model} ({sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, "
+            f"{policy.model.device.type}, {'bf16' if policy.bf16 else 'fp32'} compute) · {out}\n"
+            f"engine {engine}; importance-sampling correction {args.is_correction}\n"
+            f"{args.batch_prompts} prompts × {args.group_size} samples = {args.batch_prompts * args.group_size} "
+            f"responses a step; {minis} mini-batch(es) of {args.mini_batch_prompts} prompts; {steps} steps = "
+            f"{steps * minis} updates; 1 rank; {train} training and {held_out} held-out prompts\n"
+            "mix " + ", ".join(f"{domain} {share:.2f}" for domain, share in mix.items())
+            + (f"; resumed after step {start}" if start else ""))
+
+
+def peak_memory() -> int:
+    """Bytes: the device's peak of tensors on CUDA, the process's peak resident size on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def live_line(line: dict, steps: int, seconds: float, done: int) -> str:

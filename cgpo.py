@@ -20,7 +20,7 @@ K domains.
 """
 # ---------------- SHARED: imports ----------------
 import copy
-import resource
+import os
 import time
 from collections import Counter
 from itertools import islice
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import transformers
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import analyze
 import data
@@ -46,81 +46,32 @@ Batch = dict[str, torch.Tensor]  # every tensor has one line per sequence: [B] o
 # ---------------- SHARED: arguments ----------------
 TOY = {"steps": 160, "batch_prompts": 20, "mini_batch_prompts": 20, "max_prompt_tokens": 16, "max_new_tokens": 18,
        "lr": 5e-4, "adam_betas": (0.9, 0.99), "system_prompt": "", "data": ["toy"],
-       "domain_mix": "equal", "eval_prompts": 40, "eval_samples": 8}
+       "domain_mix": "equal", "eval_prompts": 40, "eval_samples": 8,
+       "engine": "hf", "engine_memory": 0.02}  # vllm starts for longer than the toy trains
 
 
 def parse_args(argv: list[str] | None = None):
     """Flags; the defaults are the CGPO paper's (sections 4.1 and C.4), and `--model toy` swaps in the toy's."""
     parser = data.Parser(__doc__)
     add = parser.add_argument
-    add("--model", default="toy", help="a folder, organisation/name, a bare name such as Qwen2.5-7B-Instruct, or toy")
-    add("--data", nargs="+", default=[], help=".jsonl files, folders, toy, humaneval, gym:<task>[,<task>…]")
-    add("--eval-data", nargs="+", default=[], help="evaluate on these rows instead of held-out ones of --data")
-    add("--domains", nargs="+", default=[], help=f"only these domains ({' '.join(DOMAINS)})")
-    add("--domain-mix", default="", help="domains' shares of a batch: math=2,code=1; equal; default: as in the data")
-    add("--system-prompt", default=data.SYSTEM_PROMPT, help="asks for <think> and <answer>")
     add("--steps", type=int, default=0, help="rollout steps; 0: one epoch")
     add("--batch-prompts", type=int, default=128, help="prompts a step")
     add("--mini-batch-prompts", type=int, default=64, help="prompts an update; divides --batch-prompts")
     add("--group-size", type=int, default=8, help="responses a prompt (G)")
-    add("--max-prompt-tokens", type=int, default=1024, help="longer prompts are dropped, and counted")
-    add("--max-new-tokens", type=int, default=4096, help="a response is cut here")
-    add("--temperature", type=float, default=1.0, help="of the sampler and of every log-prob")
-    add("--lr", type=float, default=1e-6, help="learning rate")
-    add("--warmup-steps", type=int, default=0, help="updates of linear warm-up")
-    add("--optim", choices=["adamw"], default="adamw", help="optimizer")
-    add("--adam-betas", type=float, nargs=2, default=(0.9, 0.999), help="AdamW's betas")
-    add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay")
-    add("--max-grad-norm", type=float, default=1.0, help="gradient clipping; 0: none")
     add("--beta", type=float, default=0.001, help="weight of the KL to the frozen start model; 0: none is kept")
     add("--clip-low", type=float, default=0.2, help="ε_low")
     add("--clip-high", type=float, default=0.28, help="ε_high")
     add("--loss-norm", choices=["sequence", "token", "constant"], default="sequence",
         help="mean per sequence then over sequences; over all tokens; or over sequences × --max-new-tokens")
-    add("--engine", choices=["hf"], default="hf", help="the sampler: this file's KV-cached loop over the hf model")
-    add("--rollout-tokens", type=int, default=524288, help="tokens that are sampled at once; bounds the KV cache")
-    add("--micro-batch-tokens", type=int, default=16384, help="tokens of one forward and backward pass")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of compute; auto: bfloat16 on CUDA")
-    add("--reward-scheme", choices=["cgpo", "m2rl"], default="cgpo", help="+1/−0.5/−1 of the CGPO paper, or 0/1")
-    add("--verifier-url", default="", help="OpenAI-compatible server of the science verifier (general-verifier)")
-    add("--judge-url", default="", help="OpenAI-compatible server of the writing judge (Qwen2.5-72B-Instruct)")
-    add("--sandbox-url", default="", help="SandboxFusion server that runs code instead of the local sandbox")
-    add("--allow-unsafe-code", action="store_true", help="run code although this machine cannot seal it")
-    add("--seed", type=int, default=0, help="keys every random number")
-    add("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
-    add("--out", default="", help="folder of the run (default: runs/<algorithm>-<model>-<hash of the flags>)")
-    add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
-    add("--save-every", type=int, default=20, help="steps between checkpoints")
-    add("--eval-every", type=int, default=0, help="steps between evaluations; 0: before and after only")
-    add("--eval-prompts", type=int, default=32, help="held-out prompts a domain (at most a quarter of its rows)")
-    add("--eval-samples", type=int, default=4, help="sampled responses an evaluation prompt, beside a greedy one")
-    add("--eval-domains", nargs="+", default=[], help="evaluate only these domains")
-    add("--wandb", default="", metavar="PROJECT", help="log to Weights & Biases too")
+    add("--is-correction", choices=["auto", "mask", "truncate", "none"], default="auto",
+        help="of w = π_old/π_sampler: 0 outside [0.5, 2]; at most 2; not at all; auto: mask with vllm, none with hf")
+    data.add_flags(parser, *data.FLAGS)
     add_algo_arguments(parser)
     args = parser.parse_args(argv)
     if args.model == "toy":
         parser.set_defaults(**(TOY | ALGO_TOY))
         args = parser.parse_args(argv)
-    for flag in ("batch_prompts", "mini_batch_prompts", "max_prompt_tokens", "max_new_tokens", "micro_batch_tokens",
-                 "rollout_tokens", "save_every", "temperature", "lr"):
-        if not getattr(args, flag) > 0:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be positive")
-    for flag in ("steps", "threads", "eval_prompts", "eval_samples", "eval_every", "max_grad_norm", "weight_decay",
-                 "beta"):
-        if not getattr(args, flag) >= 0:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must not be negative")
-    if not all(0 <= beta < 1 for beta in args.adam_betas):
-        parser.error(f"--adam-betas {args.adam_betas}: each must be in [0, 1)")
-    if args.batch_prompts % args.mini_batch_prompts:
-        parser.error(f"--mini-batch-prompts {args.mini_batch_prompts} does not divide --batch-prompts "
-                     f"{args.batch_prompts}")
-    if args.group_size < 2:
-        parser.error(f"--group-size {args.group_size}: a group's advantage needs at least 2 responses")
-    if not args.data:
-        parser.error(f"--model {args.model} needs --data (only the toy brings its own)")
-    for domain in args.eval_domains:
-        if domain not in DOMAINS:
-            parser.error(f"--eval-domains {domain}: not one of {' '.join(DOMAINS)}")
+    data.check_args(parser, args)
     return args
 
 
@@ -178,8 +129,8 @@ def sample(logits_BV, uniform_B, temperature: float):
 
 
 @torch.no_grad()
-def generate(policy, prompts_P: list[list[int]], uniform_BT, temperature: float):
-    """Sample B/P responses a prompt with a KV cache. Returns tokens [B, T], their log-probs [B, T], lengths [B].
+def generate(policy, prompts_P: list[list[int]], uniform_BT, temperature: float) -> list[tuple]:
+    """Sample B/P responses a prompt with a KV cache: [(tokens, their log-probs, truncated), …].
 
     uniform_BT: one number in [0, 1) per token, so that a sample depends on nothing but its own numbers. The prompt is
     run once for its whole group; lines that stopped leave the cache once a quarter of them have.
@@ -194,12 +145,14 @@ def generate(policy, prompts_P: list[list[int]], uniform_BT, temperature: float)
     tokens_BT = torch.zeros(B, T, dtype=torch.long, device=device)
     logp_BT = torch.zeros(B, T, device=device)
     length_B = torch.zeros(B, dtype=torch.long, device=device)
+    truncated_B = torch.zeros(B, dtype=torch.bool, device=device)
     with policy.autocast():
         out = model(ids_PW, attention_mask=mask_BW, position_ids=(mask_BW.cumsum(1) - 1).clamp(min=0), use_cache=True,
                     logits_to_keep=1)
         cache = getattr(out, "past_key_values", None)
         if type(cache) is not DynamicCache:
-            return generate_slowly(policy, ids_PW, mask_BW, uniform_BT, temperature)
+            raise UserError(f"{type(model).__name__}: its cache ({type(cache).__name__}) is not a plain KV cache, the "
+                            "only one that --engine hf knows: use --engine vllm")
         cache.batch_repeat_interleave(group)
         logits_BV, mask_BW = (x.repeat_interleave(group, 0) for x in (out.logits[:, -1], mask_BW))
         line = torch.arange(B, device=device)                       # the sequence that each line of the cache holds
@@ -212,6 +165,7 @@ def generate(policy, prompts_P: list[list[int]], uniform_BT, temperature: float)
             alive &= ~torch.isin(token, stop)
             living = int(alive.sum())
             if living == 0 or t + 1 == T:
+                truncated_B[line[alive]] = True
                 break
             if living < 0.75 * len(alive):
                 cache.batch_select_indices(alive.nonzero()[:, 0])
@@ -219,72 +173,146 @@ def generate(policy, prompts_P: list[list[int]], uniform_BT, temperature: float)
             mask_BW = torch.cat([mask_BW, mask_BW.new_ones(len(mask_BW), 1)], 1)
             logits_BV = model(token[:, None], attention_mask=mask_BW, position_ids=mask_BW.sum(1, keepdim=True) - 1,
                               past_key_values=cache, use_cache=True).logits[:, -1]
-    return tokens_BT, logp_BT, length_B
+    return [(ids[:n], logps[:n], cut) for ids, logps, n, cut in zip(*(x.tolist() for x in (
+        tokens_BT, logp_BT, length_B, truncated_B)))]
 
 
-def generate_slowly(policy, ids_PW, mask_PW, uniform_BT, temperature: float):
-    """The same by transformers' generate, for architectures whose cache is not a plain KV cache (Mamba, hybrids)."""
-    (B, T), width = uniform_BT.shape, ids_PW.shape[1]
-    logp_BT = torch.zeros(B, T, device=ids_PW.device)
+def fingerprint(tensor) -> int:
+    """The sum of a tensor's bit patterns: exact, and the same however it is fused with others, transposed, padded."""
+    bits = tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+    return sum(int(part.sum(dtype=torch.int64)) for part in bits.flatten().split(2**24))
 
-    class Inverse(LogitsProcessor):
-        def __call__(self, ids, scores):
-            t = ids.shape[1] - width
-            token, logp_BT[:, t] = sample(scores[:, :policy.vocab], uniform_BT[:, t], temperature)
-            return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
-    ids_BW, mask_BW = (x.repeat_interleave(B // len(x), 0) for x in (ids_PW, mask_PW))
-    out = policy.model.generate(ids_BW, attention_mask=mask_BW, logits_processor=[Inverse()], max_new_tokens=T,
-                                do_sample=False, eos_token_id=policy.stop_ids, pad_token_id=policy.stop_ids[0])
-    tokens_BT = torch.nn.functional.pad(out[:, width:], (0, T - (out.shape[1] - width)))
-    stopped_BT = torch.isin(tokens_BT, torch.tensor(policy.stop_ids, device=ids_PW.device))
-    length_B = torch.where(stopped_BT.any(1), stopped_BT.int().argmax(1) + 1, T)
-    return tokens_BT, logp_BT * (torch.arange(T, device=ids_PW.device) < length_B[:, None]), length_B
+
+class Engine:  # the vLLM block: no line outside it knows vLLM
+    """vLLM in this process. Born with random weights: all it has comes through sync_weights. Its vocabulary is cut to
+    the tokenizer's, so that no other id can be sampled. Raises UserError."""
+
+    def __init__(self, name: str, policy, canary: list[int], args):
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                       "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
+        self.canary, self.cuda = canary, policy.model.device.type == "cuda"
+        self.dtype, self.tolerance = (torch.bfloat16, 0.2) if policy.bf16 else (torch.float32, 1e-4)  # nats
+        memory = torch.cuda.mem_get_info()[1] if self.cuda else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        try:
+            import vllm
+            self.params, self.llm = vllm.SamplingParams, vllm.LLM(
+                name, dtype=self.dtype, load_format="dummy", hf_overrides={"vocab_size": policy.vocab}, seed=args.seed,
+                skip_tokenizer_init=True, max_model_len=args.max_prompt_tokens + args.max_new_tokens,
+                gpu_memory_utilization=args.engine_memory, kv_cache_memory_bytes=int(args.engine_memory * memory),
+                logprobs_mode="processed_logprobs", enable_sleep_mode=self.cuda)
+        except Exception as error:
+            why = "README says how to install it" if isinstance(error, ImportError) else (
+                f"what it takes is set by --engine-memory {args.engine_memory}, --max-prompt-tokens, --max-new-tokens")
+            raise UserError(f"vllm did not start: {str(error).strip().splitlines()[0]}; {why}") from error
+
+    @torch.no_grad()
+    def sync_weights(self, policy, spoiled: bool = False) -> None:
+        """Stream the trainer's parameters into the engine, one at a time, and compare what arrived: each tensor's
+        fingerprint, as sent and as held (where vLLM did not pack it away), and the log-probs of the canary."""
+        sent, held = {}, {}
+        def stream():
+            for name, tensor in policy.weights(self.dtype):
+                tensor = tensor.roll(1, 0) if spoiled and not sent else tensor  # same fingerprint: for the canary alone
+                sent[name] = fingerprint(tensor)
+                yield name, tensor
+        def arrived(model):  # runs in the engine
+            if hasattr(model.lm_head, "quant_method"):  # a tied head that the CPU build has packed would stay stale
+                model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+            fused = getattr(model, "packed_modules_mapping", {})
+            for name, p in model.named_parameters():
+                m = name.split(".")[-2]
+                if p.numel():
+                    parts = tuple(name.replace(f".{m}.", f".{part}.") for part in fused.get(m, [m]))
+                    held[parts] = fingerprint(p.to(self.dtype))
+        self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream()})
+        self.llm.apply_model(arrived)
+        self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()
+        ours = {name: fingerprint(tensor) for name, tensor in policy.weights(self.dtype)}
+        wrong = [name for name in ours if sent.get(name) != ours[name]] + [
+            parts[0] for parts, f in held.items() if ours.keys() >= set(parts) and sum(map(ours.get, parts)) != f]
+        params = self.params(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        out = self.llm.generate({"prompt_token_ids": self.canary}, params, use_tqdm=False)[0].prompt_logprobs
+        theirs_T = torch.tensor([out[t][i].logprob for t, i in enumerate(self.canary) if t])
+        off = (policy.own_logp(self.canary) - theirs_T).abs().mean().item()
+        if wrong or not off <= self.tolerance:
+            raise UserError(f"vllm does not hold the trainer's weights: {len(wrong)} wrong tensors {wrong[:2]}; the "
+                            f"canary is off by {off:.2g} nats a token ({self.dtype}: at most {self.tolerance:g})")
+        self.synced = policy.updates
+
+    def generate(self, policy, prompts_P, keys_P, group: int, temperature: float, max_tokens: int) -> list[tuple]:
+        """As respond(). Sample j of a prompt is drawn with seed + j, so the seeds are hashed far apart."""
+        if self.synced != policy.updates:
+            raise UserError(f"vllm holds the weights after update {self.synced}, the trainer made {policy.updates}")
+        params = [self.params(n=group, temperature=temperature, max_tokens=max_tokens, stop_token_ids=policy.stop_ids,
+                              ignore_eos=True, seed=int(rng(*key, "vllm").integers(2**62)), logprobs=0,
+                              detokenize=False) for key in keys_P]
+        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts_P], params, use_tqdm=False)
+        if self.cuda:
+            self.llm.sleep(level=2)  # the trainer gets its weights' and its cache's memory
+        return [([*o.token_ids], [logp[i].logprob for logp, i in zip(o.logprobs, o.token_ids)],
+                 o.finish_reason == "length") for out in outputs for o in out.outputs]
+
+
+def open_engine(name: str, policy, canary: list[int], args):
+    """(the sampler's Engine, or None for the hf loop; which, and why). Shows first that the canary can fire."""
+    if args.engine == "hf":
+        return None, "hf"
+    try:
+        engine = Engine(name, policy, canary, args)
+        try:
+            engine.sync_weights(policy, spoiled=True)
+        except UserError:
+            return engine, "vllm"
+        raise UserError("the canary is blind: shuffled embeddings moved its log-probs by less than the tolerance")
+    except UserError as error:
+        if args.engine != "auto":
+            raise
+        return None, f"hf ({error})"
+
+
+def respond(policy, prompts_P: list[list[int]], keys_P: list[tuple], group: int, temperature: float, args):
+    """`group` responses a prompt by the run's engine: [(tokens, log-probs, truncated), …].
+
+    A prompt's key: (…, row id, number of its first sample).
+    """
+    if policy.engine:
+        return policy.engine.generate(policy, prompts_P, keys_P, group, temperature, args.max_new_tokens)
+    found = []
+    at_once = max(1, args.rollout_tokens // (group * (args.max_prompt_tokens + args.max_new_tokens)))
+    for p in range(0, len(prompts_P), at_once):
+        uniform = [rng(*key, first + i, "sample").random(args.max_new_tokens)
+                   for *key, first in keys_P[p:p + at_once] for i in range(group)]
+        found += generate(policy, prompts_P[p:p + at_once], torch.tensor(np.stack(uniform)), temperature)
+    return found
 
 
 def rollout(policy, tokenizer, rows_P: list[dict], group: int, key: tuple, temperature: float, args):
     """(batch, samples, seconds): `group` responses a row, scored. key: (seed, step or purpose) of the random numbers.
 
-    batch: one line per response, see the comments. samples: what samples.jsonl shows.
+    batch: one line per response, see data.collate. samples: what samples.jsonl shows.
     """
-    copies = Counter()
-    uniform = []
-    for row in rows_P:  # a row that comes twice goes on with its stream of samples: it never repeats one
-        first = copies[row["id"]] * group
-        copies[row["id"]] += 1
-        uniform += [rng(*key, row["id"], i, "sample").random(args.max_new_tokens) for i in range(first, first + group)]
     clock = [time.perf_counter()]
-    tokens, logps, lengths = [], [], []
-    at_once = max(1, args.rollout_tokens // (group * (args.max_prompt_tokens + args.max_new_tokens)))
-    for p in range(0, len(rows_P), at_once):  # prompts
-        numbers_BT = torch.tensor(np.stack(uniform[p * group:(p + at_once) * group]))
-        parts = generate(policy, [row["ids"] for row in rows_P[p:p + at_once]], numbers_BT, temperature)
-        for whole, part in zip((tokens, logps, lengths), parts):
-            whole += part.tolist()
+    if policy.engine:
+        policy.engine.sync_weights(policy)
+    clock.append(time.perf_counter())
+    copies = Counter()
+    keys_P = []
+    for row in rows_P:  # a row that comes twice goes on with its stream of samples: it never repeats one
+        keys_P.append((*key, row["id"], copies[row["id"]]))
+        copies[row["id"]] += group
+    tokens_B, logps_B, truncated_B = zip(*respond(policy, [r["ids"] for r in rows_P], keys_P, group, temperature, args))
     clock.append(time.perf_counter())
     rows_B = [row for row in rows_P for _ in range(group)]
-    responses = [ids[:n] for ids, n in zip(tokens, lengths)]
-    texts = [row["opened"] + tokenizer.decode(ids, skip_special_tokens=True) for row, ids in zip(rows_B, responses)]
+    texts = [row["opened"] + tokenizer.decode(ids, skip_special_tokens=True) for row, ids in zip(rows_B, tokens_B)]
     scores = rewards.score(texts, rows_B, args.reward_scheme, args.verifier_url, args.judge_url, args.sandbox_url,
                            lambda text: len(tokenizer(text, add_special_tokens=False).input_ids))
     clock.append(time.perf_counter())
-    whole = [row["ids"] + ids for row, ids in zip(rows_B, responses)]
-    T = max(map(len, whole))
-
-    def padded(lists, fill):
-        return torch.tensor([line + [fill] * (T - len(line)) for line in lists])
-    batch = {"ids": padded(whole, 0),                                           # [B, T] prompt, response, right padding
-             "mask": padded([[0] * len(row["ids"]) + [1] * n for row, n in zip(rows_B, lengths)], 0).bool(),
-             "sampler_logp": padded([[0.0] * len(r["ids"]) + lp[:n] for r, lp, n in zip(rows_B, logps, lengths)], 0.0),
-             "length": torch.tensor([len(line) for line in whole]),
-             "truncated": torch.tensor([ids[-1] not in policy.stop_ids for ids in responses]),
-             "group": torch.arange(len(rows_P)).repeat_interleave(group),
-             "domain": torch.tensor([DOMAINS.index(row["domain"]) for row in rows_B]),
-             "reward": torch.tensor([np.nan if s.reward is None else s.reward for s in scores]).double(),
-             "correct": torch.tensor([bool(s.correct) for s in scores]),
-             "valid": torch.tensor([s.valid for s in scores])}
+    batch = data.collate(rows_B, group, tokens_B, logps_B, truncated_B, scores)
     samples = [{"id": row["id"], "domain": row["domain"], "prompt": tokenizer.decode(row["ids"]), "response": text,
                 "reward": s.reward, "verdict": s.why} for row, text, s in zip(rows_B, texts, scores)]
-    return batch, samples, {"rollout": clock[1] - clock[0], "reward": clock[2] - clock[1]}
+    return batch, samples, dict(zip(("sync", "rollout", "reward"), np.diff(clock).tolist()))
 
 
 def evaluate(policy, tokenizer, rows: list[dict], args) -> dict[str, float]:
@@ -312,22 +340,34 @@ class Policy(torch.nn.Module):
     def __init__(self, model, vocab: int, stop_ids: list[int], bf16: bool = False, temperature: float = 1.0):
         super().__init__()
         self.model, self.vocab, self.stop_ids, self.bf16, self.temperature = model, vocab, stop_ids, bf16, temperature
+        self.engine, self.updates = None, 0  # the sampler's engine, if not this model itself; optimizer steps made
 
     def autocast(self):
         """bf16 compute on fp32 master weights."""
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def head(self, hidden_NH, target_N):
+    def weights(self, dtype):
+        """(name, tensor) of parameters as checkpoints name them, tied ones once, embeddings of the tokenizer's ids."""
+        embeddings = [self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight]
+        for name, p in self.model.named_parameters():
+            yield name, (p.detach()[:self.vocab] if any(p is e for e in embeddings) else p.detach()).to(dtype)
+
+    def head(self, hidden_NH, target_N, temperature: float):
         """(log-prob of each target, entropy), over the tokenizer's ids only: a model may have more rows than that."""
         with self.autocast():
             logits_NV = self.model.get_output_embeddings()(hidden_NH)[:, :self.vocab]
         at_least_fp32 = torch.promote_types(logits_NV.dtype, torch.float32)
-        logp_NV = torch.log_softmax(logits_NV.to(at_least_fp32) / self.temperature, -1)
+        logp_NV = torch.log_softmax(logits_NV.to(at_least_fp32) / temperature, -1)
         with torch.no_grad():
             entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
         return logp_NV.gather(-1, target_N[:, None])[:, 0], entropy_N
 
-    def forward(self, ids_BT, mask_BT):
+    def own_logp(self, ids_T: list[int]):
+        """Log-probs of ids_T[1:] at temperature 1, on the CPU."""
+        ids_BT = torch.tensor([ids_T], device=self.model.device)
+        return self(ids_BT, ids_BT >= 0, 1.0)[0][0, 1:].cpu()
+
+    def forward(self, ids_BT, mask_BT, temperature: float | None = None):
         """(logp_BT, entropy_BT, mean_h_BH). logp[b, t] is log π(ids[b, t] | ids[b, <t]) where mask, 0 elsewhere.
 
         mean_h is the mean of the last hidden layer over the response. Right padding needs no attention mask: causal
@@ -338,7 +378,8 @@ class Policy(torch.nn.Module):
         where = mask_BT[:, 1:]
         hidden_NH, target_N = hidden_BTH[:, :-1][where], ids_BT[:, 1:][where]
         chunk = max(1, 2**26 // self.vocab)
-        parts = [checkpoint(self.head, h, y, use_reentrant=False) if torch.is_grad_enabled() else self.head(h, y)
+        T = temperature or self.temperature
+        parts = [checkpoint(self.head, h, y, T, use_reentrant=False) if torch.is_grad_enabled() else self.head(h, y, T)
                  for h, y in zip(hidden_NH.split(chunk), target_N.split(chunk))]
         found = []
         for values_N in map(torch.cat, zip(*parts)):
@@ -376,6 +417,22 @@ def log_probs(policy, batch: Batch, args) -> torch.Tensor:
     return logp_BT
 
 
+def sampler_mismatch(batch: Batch, args):
+    """(weight_BT, metrics) of w = π_old/π_sampler a token, before any update: how far the sampler is from the trainer.
+
+    The weight of a token's policy gradient: w, but 0 outside [0.5, 2] (mask: M2RL's masked importance sampling); w, at
+    most 2 (truncate: its scripts); 1 (none: the hf engine samples from π_old itself).
+    """
+    log_w_BT = (batch["old_logp"] - batch["sampler_logp"]) * batch["mask"]
+    w_BT, w_N, off_N = log_w_BT.exp(), log_w_BT.exp()[batch["mask"]], log_w_BT.abs()[batch["mask"]]
+    inside_BT = (w_BT >= 0.5) & (w_BT <= 2.0)
+    metrics = {"mismatch/mean": off_N.mean(), "mismatch/max": off_N.max(), "is_ratio/mean": w_N.mean(),
+               "is_ratio/min": w_N.min(), "is_ratio/max": w_N.max(), "is_ratio/outside": (~inside_BT).sum() / len(w_N)}
+    weight_BT = {"mask": w_BT * inside_BT, "truncate": w_BT.clamp(max=2.0), "none": torch.ones_like(w_BT)}[
+        args.is_correction]
+    return weight_BT, {name: value.item() for name, value in metrics.items()}
+
+
 # ---------------- ALGO: advantages ----------------
 def advantages(batch: Batch, args) -> torch.Tensor:
     """[B, T]: A_i = (r_i − mean r)/(std r + 1e-6) over the responses of one prompt, the same for every token.
@@ -398,7 +455,7 @@ def policy_loss(logp_BT, micro: Batch, args):
     ratio_BT = torch.exp(logp_BT - micro["old_logp"])
     clipped_BT = ratio_BT.clamp(1 - args.clip_low, 1 + args.clip_high)
     surrogate_BT = torch.minimum(ratio_BT * micro["advantage"], clipped_BT * micro["advantage"])
-    stats = {"clip_fraction": surrogate_BT < ratio_BT * micro["advantage"]}
+    stats = {"ratio": ratio_BT, "clip_fraction": surrogate_BT < ratio_BT * micro["advantage"]}
     if not args.beta:
         return -surrogate_BT, stats
     log_ratio_BT = micro["ref_logp"] - logp_BT
@@ -441,16 +498,8 @@ def optimizer_step(policy, optimizer, lr: float, args) -> float:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    policy.updates += 1
     return norm
-
-
-def mean_stats(parts: list[dict]) -> dict[str, float]:
-    """Mean of statistics over updates, weighted by their tokens."""
-    total = sum(part["tokens"] for part in parts)
-    names = dict.fromkeys(name for part in parts for name in part if name != "tokens")
-    means = {name: sum(p[name] * p["tokens"] for p in parts if name in p) / sum(p["tokens"] for p in parts if name in p)
-             for name in names}
-    return means | {"tokens": total}
 
 
 # ---------------- ALGO: update ----------------
@@ -473,7 +522,7 @@ def update(policy, optimizer, batch: Batch, lr: float, key: tuple, state: dict, 
     with torch.no_grad():
         for p, p_0 in zip(parameters, phi_0):
             p.copy_(torch.lerp(p_0, p, args.alpha))                              # line 15
-    return mean_stats(stats) | cosines
+    return analyze.mean_stats(stats) | cosines
 
 
 def sub_batches(batch: Batch, key: tuple, order: str) -> list[torch.Tensor]:
@@ -539,23 +588,22 @@ def main(argv: list[str] | None = None) -> Path:
     mix = data.domain_mix(train_rows, args.domain_mix)
     steps = args.steps or max(1, len(train_rows) // args.batch_prompts)
     minis = args.batch_prompts // args.mini_batch_prompts
+    canary = [i for row in train_rows[:64] for i in row["ids"]][:min(64, args.max_prompt_tokens)]
+    engine, which = open_engine(name, policy, canary, args)
+    if args.is_correction == "auto":
+        args.is_correction = "mask" if engine else "none"
     out = data.open_run(args, ALGORITHM)
     reference = copy.deepcopy(policy).requires_grad_(False) if args.beta else None
     if args.resume and (out / "checkpoint").exists():
         saved = AutoModelForCausalLM.from_pretrained(out / "checkpoint", dtype=torch.float32)
         policy.model.load_state_dict(saved.state_dict())
         del saved
+    policy.engine = engine
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, args.adam_betas, weight_decay=args.weight_decay)
     state = init_state(args, policy)
     start = load_trainer(out / "checkpoint", optimizer, state) if args.resume and (out / "checkpoint").exists() else 0
     log = data.RunLog(out, start, args)
-    print(f"{ALGORITHM} · {args.model} ({sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, "
-          f"{policy.model.device.type}, {'bf16' if policy.bf16 else 'fp32'} compute) · engine {args.engine} · {out}")
-    print(f"{args.batch_prompts} prompts × {args.group_size} samples = {args.batch_prompts * args.group_size} "
-          f"responses a step; {minis} mini-batch(es) of {args.mini_batch_prompts} prompts; {steps} steps = "
-          f"{steps * minis} updates; 1 rank; {len(train_rows)} training and {len(eval_rows)} held-out prompts")
-    print("mix " + ", ".join(f"{domain} {share:.2f}" for domain, share in mix.items())
-          + (f"; resumed after step {start}" if start else ""))
+    print(analyze.opening(ALGORITHM, policy, which, args, out, steps, len(train_rows), len(eval_rows), mix, start))
     if not log.lines:
         log.write({"step": 0} | evaluate(policy, tokenizer, eval_rows, args))
     started = time.perf_counter()
@@ -564,11 +612,11 @@ def main(argv: list[str] | None = None) -> Path:
         key = (args.seed, step)
         batch, samples, seconds = rollout(policy, tokenizer, rows, args.group_size, key, args.temperature, args)
         clock = time.perf_counter()
-        batch["advantage"] = advantages(batch, args)
         batch["old_logp"] = log_probs(policy, batch, args)
         if reference:
             batch["ref_logp"] = log_probs(reference, batch, args)
-        mismatch_N = (batch["old_logp"] - batch["sampler_logp"]).abs()[batch["mask"]]
+        weight_BT, mismatch = sampler_mismatch(batch, args)
+        batch["advantage"] = advantages(batch, args) * weight_BT
         seconds["logprobs"] = time.perf_counter() - clock
         stats = []
         for m in range(minis):
@@ -580,8 +628,8 @@ def main(argv: list[str] | None = None) -> Path:
         seconds["update"] = time.perf_counter() - clock - seconds["logprobs"]
         tokens = int(batch["mask"].sum())
         line = {"step": step, **{f"seconds/{k}": v for k, v in seconds.items()}, "tokens": tokens,
-                "tokens_per_s": tokens / seconds["rollout"], **analyze.domain_metrics(batch), **mean_stats(stats),
-                "mismatch/mean": mismatch_N.mean().item(), "mismatch/max": mismatch_N.max().item()}
+                "tokens_per_s": tokens / seconds["rollout"], **analyze.domain_metrics(batch),
+                **analyze.mean_stats(stats), **mismatch}
         if step == steps or args.eval_every and step % args.eval_every == 0:
             line |= evaluate(policy, tokenizer, eval_rows, args)
         verdicts = Counter(f"{s['domain']}: {s['verdict'].split()[0].rstrip(':')}" for s in samples)
@@ -591,10 +639,8 @@ def main(argv: list[str] | None = None) -> Path:
             save_checkpoint(out, step, policy, tokenizer, optimizer, state)
     print(analyze.closing_table(log.lines))
     analyze.plot_curves(log.lines, out / "curves.png", f"{ALGORITHM} on {args.model}")
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    print(f"peak memory {peak / 2**30:.2f} GiB · curves {out / 'curves.png'} · samples {out / 'samples.jsonl'} · "
-          f"model {out / 'checkpoint'}")
+    print(f"peak memory {analyze.peak_memory() / 2**30:.2f} GiB · curves {out / 'curves.png'} · samples "
+          f"{out / 'samples.jsonl'} · model {out / 'checkpoint'}")
     return out
 
 

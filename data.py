@@ -25,12 +25,11 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
+import torch
 
 DOMAINS = ("math", "code", "science", "writing", "if", "agent")
 NEEDS = {"math": "answer", "code": "tests", "science": "answer", "writing": "reference", "if": "constraints",
          "agent": "gold_calls"}
-SYSTEM_PROMPT = ("Reason first, inside <think> and </think>. Then give only the final answer, inside <answer> and "
-                 "</answer>.")
 RUNS = Path("runs")
 
 
@@ -47,6 +46,85 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+FLAGS = {  # the flags that more than one script has, with one meaning everywhere
+    "--model": {"default": "toy", "help": "a folder, organisation/name, a bare name such as Qwen2.5-7B-Instruct, or toy"},
+    "--data": {"nargs": "+", "default": [], "help": ".jsonl files, folders, toy, humaneval, gym:<task>[,<task>…]"},
+    "--eval-data": {"nargs": "+", "default": [], "help": "evaluate on these rows instead of held-out ones of --data"},
+    "--domains": {"nargs": "+", "default": [], "help": "only these domains (math code science writing if agent)"},
+    "--domain-mix": {"default": "", "help": "domains' shares of a batch: math=2,code=1; equal; default: as in the data"},
+    "--system-prompt": {"default": ("Reason first, inside <think> and </think>. Then give only the final answer, inside "
+                                    "<answer> and </answer>."), "help": "asks for <think> and <answer>"},
+    "--max-prompt-tokens": {"type": int, "default": 1024, "help": "longer prompts are dropped, and counted"},
+    "--max-new-tokens": {"type": int, "default": 4096, "help": "a response is cut here"},
+    "--temperature": {"type": float, "default": 1.0, "help": "of the sampler and of every log-prob"},
+    "--top-p": {"type": float, "default": 1.0, "help": "refused below 1 in training, as --top-k: it biases the ratio"},
+    "--top-k": {"type": int, "default": 0, "help": "refused in training"},
+    "--engine": {"choices": ["auto", "vllm", "hf"], "default": "auto",
+                 "help": "the sampler; hf: a loop over the trainer's own model; auto: vllm where it works, else hf"},
+    "--engine-memory": {"type": float, "default": 0.2, "help": "share of the device's memory for vllm's KV cache"},
+    "--rollout-tokens": {"type": int, "default": 524288,
+                         "help": "hf: tokens that are sampled at once; bounds the KV cache"},
+    "--lr": {"type": float, "default": 1e-6, "help": "learning rate"},
+    "--warmup-steps": {"type": int, "default": 0, "help": "updates of linear warm-up"},
+    "--optim": {"choices": ["adamw"], "default": "adamw", "help": "optimizer"},
+    "--adam-betas": {"type": float, "nargs": 2, "default": (0.9, 0.999), "help": "AdamW's betas"},
+    "--weight-decay": {"type": float, "default": 0.0, "help": "AdamW's decoupled weight decay"},
+    "--max-grad-norm": {"type": float, "default": 1.0, "help": "gradient clipping; 0: none"},
+    "--micro-batch-tokens": {"type": int, "default": 16384, "help": "tokens of one forward and backward pass"},
+    "--dtype": {"choices": ["auto", "float32", "bfloat16"], "default": "auto",
+                "help": "of compute; auto: bfloat16 on CUDA"},
+    "--reward-scheme": {"choices": ["cgpo", "m2rl"], "default": "cgpo", "help": "+1/−0.5/−1 of the CGPO paper, or 0/1"},
+    "--verifier-url": {"default": "", "help": "OpenAI-compatible server of the science verifier (general-verifier)"},
+    "--judge-url": {"default": "", "help": "OpenAI-compatible server of the writing judge (Qwen2.5-72B-Instruct)"},
+    "--sandbox-url": {"default": "", "help": "SandboxFusion server that runs code instead of the local sandbox"},
+    "--allow-unsafe-code": {"action": "store_true", "help": "run code although this machine cannot seal it"},
+    "--seed": {"type": int, "default": 0, "help": "keys every random number"},
+    "--threads": {"type": int, "default": 0, "help": "CPU threads; 0: torch's choice"},
+    "--out": {"default": "", "help": "folder of the run (default: runs/<script>-<model>-<hash of the flags>)"},
+    "--resume": {"action": "store_true", "help": "continue the run in --out from its last checkpoint"},
+    "--save-every": {"type": int, "default": 20, "help": "steps between checkpoints"},
+    "--eval-every": {"type": int, "default": 0, "help": "steps between evaluations; 0: before and after only"},
+    "--eval-prompts": {"type": int, "default": 32, "help": "held-out prompts a domain (at most a quarter of its rows)"},
+    "--eval-samples": {"type": int, "default": 4, "help": "sampled responses an evaluation prompt, beside a greedy one"},
+    "--eval-domains": {"nargs": "+", "default": [], "help": "evaluate only these domains"},
+    "--wandb": {"default": "", "metavar": "PROJECT", "help": "log to Weights & Biases too"}}
+POSITIVE = ("batch_prompts", "mini_batch_prompts", "max_prompt_tokens", "max_new_tokens", "micro_batch_tokens",
+            "rollout_tokens", "save_every", "temperature", "lr", "engine_memory")
+NOT_NEGATIVE = ("steps", "threads", "eval_prompts", "eval_samples", "eval_every", "max_grad_norm", "weight_decay", "beta")
+
+
+def add_flags(parser, *names: str, **defaults) -> None:
+    """Some of FLAGS; `defaults` (by the attribute's name) replace the table's."""
+    for name in names:
+        parser.add_argument(name, **FLAGS[name])
+    parser.set_defaults(**defaults)
+
+
+def check_args(parser, args) -> None:
+    """The ranges of an algorithm file's flags; a wrong one ends in parser.error."""
+    for name in POSITIVE + NOT_NEGATIVE:
+        value = getattr(args, name)
+        if not value >= 0 or name in POSITIVE and value == 0:
+            wanted = "be positive" if name in POSITIVE else "not be negative"
+            parser.error(f"--{name.replace('_', '-')} {value}: must {wanted}")
+    if not all(0 <= beta < 1 for beta in args.adam_betas):
+        parser.error(f"--adam-betas {args.adam_betas}: each must be in [0, 1)")
+    if args.batch_prompts % args.mini_batch_prompts:
+        parser.error(f"--mini-batch-prompts {args.mini_batch_prompts} does not divide --batch-prompts {args.batch_prompts}")
+    if args.group_size < 2:
+        parser.error(f"--group-size {args.group_size}: a group's advantage needs at least 2 responses")
+    if args.engine_memory > 1:
+        parser.error(f"--engine-memory {args.engine_memory}: a share of the device's memory is at most 1")
+    if args.top_p != 1 or args.top_k:
+        parser.error(f"--top-p {args.top_p} --top-k {args.top_k}: refused, for a truncated sampler draws from another "
+                     "distribution than the one whose log-probs are trained: the ratio would be biased")
+    if not args.data:
+        parser.error(f"--model {args.model} needs --data (only the toy brings its own)")
+    for domain in args.eval_domains:
+        if domain not in DOMAINS:
+            parser.error(f"--eval-domains {domain}: not one of {' '.join(DOMAINS)}")
 
 
 def run_main(main) -> None:
@@ -460,6 +538,31 @@ def shuffles(rows: list[dict], seed: int, domain: str):
     while True:
         yield from (rows[i] for i in rng(seed, "shuffle", domain, epoch).permutation(len(rows)))
         epoch += 1
+
+
+def collate(rows_B: list[dict], group: int, tokens_B, logps_B, truncated_B, scores_B) -> dict[str, torch.Tensor]:
+    """A batch: one line per response, right-padded to [B, T]; `group` consecutive lines share a prompt.
+
+    ids: prompt, response (its end token included), padding; mask: the response; sampler_logp: the engine's log-probs;
+    length [B]: of prompt and response; truncated: the engine stopped it; group: the prompt's number; domain: its place
+    in DOMAINS; reward: NaN where the verifier failed; correct; valid: the format is right.
+    """
+    T = max(len(row["ids"]) + len(ids) for row, ids in zip(rows_B, tokens_B))
+
+    def padded(prompts_B, responses_B):
+        return torch.tensor([[*a, *b] + [0] * (T - len(a) - len(b)) for a, b in zip(prompts_B, responses_B)])
+    prompts_B = [row["ids"] for row in rows_B]
+    blank_B = [[0] * len(ids) for ids in prompts_B]
+    return {"ids": padded(prompts_B, tokens_B),
+            "mask": padded(blank_B, [[1] * len(ids) for ids in tokens_B]).bool(),
+            "sampler_logp": padded(blank_B, logps_B).float(),
+            "length": torch.tensor([len(a) + len(b) for a, b in zip(prompts_B, tokens_B)]),
+            "truncated": torch.tensor(truncated_B),
+            "group": torch.arange(len(rows_B) // group).repeat_interleave(group),
+            "domain": torch.tensor([DOMAINS.index(row["domain"]) for row in rows_B]),
+            "reward": torch.tensor([np.nan if s.reward is None else s.reward for s in scores_B]).double(),
+            "correct": torch.tensor([bool(s.correct) for s in scores_B]),
+            "valid": torch.tensor([s.valid for s in scores_B])}
 
 
 # ---------------- the toy: five domains, each with a systematic bad habit that RL has to unlearn ----------------

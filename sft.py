@@ -114,20 +114,11 @@ def train_toy(out: Path, tokenizer, rows: list[dict]) -> None:
 def parse_args(argv: list[str] | None = None):
     parser = data.Parser(__doc__)
     add = parser.add_argument
-    add("--model", default="toy", help="a folder, organisation/name, a bare name, or toy (builds it)")
-    add("--data", nargs="+", default=[], help=".jsonl files or folders; every row with a \"response\"")
-    add("--system-prompt", default=data.SYSTEM_PROMPT, help="asks for <think> and <answer>")
     add("--steps", type=int, default=0, help="updates; 0: one epoch")
     add("--batch-rows", type=int, default=64, help="rows an update")
-    add("--max-prompt-tokens", type=int, default=1024, help="longer prompts are dropped, and counted")
     add("--max-tokens", type=int, default=4096, help="prompt and response are cut here")
-    add("--lr", type=float, default=1e-5, help="peak learning rate")
-    add("--warmup-steps", type=int, default=30, help="updates of linear warm-up")
-    add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay")
-    add("--micro-batch-tokens", type=int, default=16384, help="tokens of one forward and backward pass")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of compute; auto: bfloat16 on CUDA")
-    add("--seed", type=int, default=0, help="keys the order of the rows")
-    add("--out", default="", help="folder of the run (default: runs/sft-<model>-<hash of the flags>)")
+    data.add_flags(parser, "--model", "--data", "--system-prompt", "--max-prompt-tokens", "--lr", "--warmup-steps",
+                   "--weight-decay", "--micro-batch-tokens", "--dtype", "--seed", "--out", lr=1e-5, warmup_steps=30)
     args = parser.parse_args(argv)
     if args.model != "toy" and not args.data:
         parser.error(f"--model {args.model} needs --data")

@@ -190,3 +190,32 @@ def test_micro_batches_keep_the_budget_and_every_line():
     pieces = grpo.micro_batches(lengths, 18)
     assert sorted(torch.cat(pieces).tolist()) == list(range(6))
     assert all(len(p) == 1 or len(p) * int(lengths[p].max()) <= 18 for p in pieces)
+
+
+def test_importance_sampling_correction_by_hand():
+    """Ratios 1, 3, 0.4, 1.5 of π_old to π_sampler; the last column is padding."""
+    w = torch.tensor([[1.0, 3.0, 0.4, 1.5, 9.0]])
+    batch = {"old_logp": w.log(), "sampler_logp": torch.zeros(1, 5), "mask": torch.tensor([[True] * 4 + [False]])}
+    for kind, expected in (("mask", [1, 0, 0, 1.5]), ("truncate", [1, 2, 0.4, 1.5]), ("none", [1, 1, 1, 1])):
+        weight_BT, metrics = grpo.sampler_mismatch(batch, flags("--is-correction", kind))
+        assert torch.allclose(weight_BT[0, :4], torch.tensor(expected, dtype=torch.float))
+    assert metrics["is_ratio/min"] == pytest.approx(0.4) and metrics["is_ratio/max"] == pytest.approx(3)
+    assert metrics["is_ratio/outside"] == 0.5 and metrics["is_ratio/mean"] == pytest.approx(5.9 / 4)
+    logs = [0, math.log(3), -math.log(0.4), math.log(1.5)]
+    assert metrics["mismatch/mean"] == pytest.approx(sum(logs) / 4) and metrics["mismatch/max"] == pytest.approx(math.log(3))
+
+
+def test_a_masked_token_gets_no_policy_gradient_and_a_weighted_one_w_times_as_much():
+    """The weight multiplies the advantage, which is the same as multiplying the surrogate, on both sides of the clip."""
+    args = flags("--beta", "0")
+    for logp in (-1.0, -0.5, -2.0):
+        for advantage in (1.0, -2.0):
+            grads = []
+            for weight in (1.0, 1.7, 0.0):
+                logp_BT = torch.tensor([[logp]], requires_grad=True)
+                micro = {"old_logp": torch.tensor([[-1.0]]), "advantage": torch.tensor([[advantage * weight]])}
+                loss_BT, stats = grpo.policy_loss(logp_BT, micro, args)
+                loss_BT.sum().backward()
+                grads.append(logp_BT.grad.item())
+                assert stats["ratio"].item() == pytest.approx(math.exp(logp + 1))
+            assert grads[1] == pytest.approx(1.7 * grads[0]) and grads[2] == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
 import cgpo
 import data
@@ -140,45 +140,43 @@ def test_the_sampler_follows_the_policys_distribution(architecture):
     prompts = [[5, 6, 7], [8]]
     N = 4000
     uniform = torch.rand(2 * N, 3, generator=torch.Generator().manual_seed(1))
-    tokens, logps, lengths = grpo.generate(policy, prompts, uniform, 1.0)
+    found = grpo.generate(policy, prompts, uniform, 1.0)
     for p, prompt in enumerate(prompts):
         with torch.no_grad():
             expected = torch.softmax(policy.model(torch.tensor([prompt])).logits[0, -1], -1)
-        seen = torch.bincount(tokens[p * N:(p + 1) * N, 0], minlength=40) / N
+        seen = torch.bincount(torch.tensor([ids[0] for ids, _, _ in found[p * N:(p + 1) * N]]), minlength=40) / N
         assert (seen - expected).abs().max() < 0.03
     for b in (0, 1, N, 2 * N - 1):
-        ids = torch.tensor([prompts[b // N] + tokens[b, :lengths[b]].tolist()])
+        ids = torch.tensor([prompts[b // N] + found[b][0]])
         mask = torch.arange(ids.shape[1])[None] >= len(prompts[b // N])
-        assert torch.allclose(policy(ids, mask)[0][0, mask[0]], logps[b, :lengths[b]], atol=1e-4)
-    for length, row in zip(lengths, tokens):
-        assert 0 not in row[:length - 1]                                # nothing after the end token
+        assert torch.allclose(policy(ids, mask)[0][0, mask[0]], torch.tensor(found[b][1]), atol=1e-4)
+    for ids, _, truncated in found:
+        assert 0 not in ids[:-1] and truncated == (ids[-1] != 0)        # nothing after the end token
 
 
-def test_samples_do_not_depend_on_the_rest_of_the_batch_and_generate_agrees(architecture):
+def test_samples_do_not_depend_on_the_rest_of_the_batch_and_transformers_generate_agrees(architecture):
     policy = make_policy(architecture)
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     uniform = torch.rand(12, 6, generator=torch.Generator().manual_seed(2))
-    tokens, logps, lengths = grpo.generate(policy, prompts, uniform, 1.0)
-    alone = grpo.generate(policy, prompts[1:2], uniform[4:8], 1.0)
-    assert torch.equal(alone[0], tokens[4:8]) and torch.equal(alone[2], lengths[4:8])
-    ids = torch.tensor([[0] * (5 - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (5 - len(p)) + [1] * len(p) for p in prompts])
-    with torch.no_grad():
-        slow = grpo.generate_slowly(policy, ids, mask, uniform, 1.0)
-    inside = torch.arange(6) < lengths[:, None]
-    assert torch.equal(slow[2], lengths) and torch.equal(slow[0] * inside, tokens * inside)
-    assert torch.allclose(slow[1] * inside, logps, atol=1e-4)
+    found = grpo.generate(policy, prompts, uniform, 1.0)
+    assert [ids for ids, _, _ in grpo.generate(policy, prompts[1:2], uniform[4:8], 1.0)] == [ids for ids, _, _ in found[4:8]]
+
+    class Inverse(LogitsProcessor):                                      # the same random numbers, in generate
+        def __call__(self, ids, scores):
+            token, _ = grpo.sample(scores, uniform[:, ids.shape[1] - 5], 1.0)
+            return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
+    ids = torch.tensor([[0] * (5 - len(p)) + p for p in prompts]).repeat_interleave(4, 0)
+    mask = torch.tensor([[0] * (5 - len(p)) + [1] * len(p) for p in prompts]).repeat_interleave(4, 0)
+    theirs = policy.model.generate(ids, attention_mask=mask, logits_processor=[Inverse()], max_new_tokens=6,
+                                   do_sample=False, eos_token_id=[0], pad_token_id=0)[:, 5:].tolist()
+    assert [ids[:len(mine)] for ids, (mine, _, _) in zip(theirs, found)] == [mine for mine, _, _ in found]
 
 
-def test_an_unknown_cache_goes_to_transformers_generate():
+def test_an_unknown_cache_is_refused():
     from transformers import MambaConfig, MambaForCausalLM
-    torch.manual_seed(0)
     model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=40, state_size=4)).eval()
-    policy = grpo.Policy(model, 40, [0])
-    tokens, logps, lengths = grpo.generate(policy, [[5, 6, 7]], torch.rand(3, 6, generator=torch.Generator().manual_seed(0)), 1.0)
-    for b in range(3):
-        ids = torch.tensor([[5, 6, 7] + tokens[b, :lengths[b]].tolist()])
-        assert torch.allclose(policy(ids, torch.arange(ids.shape[1])[None] >= 3)[0][0, 3:], logps[b, :lengths[b]], atol=1e-3)
+    with pytest.raises(data.UserError, match="not a plain KV cache"):
+        grpo.generate(grpo.Policy(model, 40, [0]), [[5, 6, 7]], torch.rand(3, 6), 1.0)
 
 
 def test_rollout_keeps_every_end_token_and_duplicate_rows_get_their_own_samples(monkeypatch):
@@ -189,11 +187,14 @@ def test_rollout_keeps_every_end_token_and_duplicate_rows_get_their_own_samples(
     batch, _, _ = grpo.rollout(policy, tokenizer, [row, row], 4, (0, 1), 1.0, sft_args(5))
     texts = [tuple(line[mask].tolist()) for line, mask in zip(batch["ids"], batch["mask"])]
     assert len(set(texts)) >= 7
-    out = torch.tensor([[7, 0, 9, 9, 9], [7, 8, 3, 9, 9], [7, 8, 9, 9, 9], [0, 9, 9, 9, 9]])
-    monkeypatch.setattr(grpo, "generate", lambda *_: (out, torch.zeros(4, 5), torch.tensor([2, 3, 5, 1])))
-    batch, _, _ = grpo.rollout(policy, tokenizer, [row], 4, (0, 1), 1.0, sft_args(5))
-    assert batch["truncated"].tolist() == [False, False, True, False]
-    assert [line[mask].tolist() for line, mask in zip(batch["ids"], batch["mask"])] == [[7, 0], [7, 8, 3], [7, 8, 9, 9, 9], [0]]
+    stopped = {True: 0, False: 0}
+    batch, _, _ = grpo.rollout(policy, tokenizer, [row] * 16, 8, (0, 1), 1.0, sft_args(5))
+    for line, mask, truncated in zip(batch["ids"], batch["mask"], batch["truncated"].tolist()):
+        response = line[mask].tolist()
+        assert truncated == (response[-1] not in (0, 3)) and not {0, 3} & set(response[:-1]) and (
+            len(response) == 5 or not truncated)
+        stopped[response[-1] == 3] += not truncated
+    assert min(stopped.values()) > 3                                    # both end tokens were met
 
 
 def sft_args(tokens):
@@ -227,8 +228,8 @@ def test_sft_trains_on_responses_and_their_end(tiny_folder, tmp_path):
                       "--system-prompt", "", "--steps", "40", "--batch-rows", "4", "--lr", "1e-2", "--warmup-steps", "2"])
     tokenizer, policy = grpo.load_policy(saved, "float32")
     ids = tokenizer("1+1=?").input_ids
-    tokens, _, length = grpo.generate(policy, [ids], torch.zeros(1, 12), 0.0)
-    assert tokenizer.decode(tokens[0, :length[0]]) == "<think></think><answer>2</answer><eos>"
+    (tokens, _, _), = grpo.generate(policy, [ids], torch.zeros(1, 12), 0.0)
+    assert tokenizer.decode(tokens) == "<think></think><answer>2</answer><eos>"
 
 
 # ---------------- kill and resume ----------------
@@ -335,12 +336,27 @@ def fails(argv, capsys, module=grpo) -> str:
     (["--max-prompt-tokens", "2"], "every prompt is longer than"), (["--data", "nowhere.jsonl"], "no such file"),
     (["--model", "Qwen2.5-7B-Instruct"], "needs --data"), (["--model", "no-such-family", "--data", "toy"], "tried a folder"),
     (["--model", "Qwen2.5-7B-Instruct", "--data", "toy"], "Qwen2.5-7B-Instruct"),
+    (["--top-p", "0.9"], "would be biased"), (["--top-k", "20"], "would be biased"),
+    (["--engine-memory", "2"], "at most 1"), (["--engine-memory", "0"], "must be positive"),
     (["--out", "/proc/nowhere"], "/proc/nowhere"), (["--resume", "--out", "nowhere"], "holds no run"),
 ])
 def test_bad_input_is_one_line(argv, message, toy, capsys):
     before = set(os.listdir("."))
     assert message in fails(argv, capsys)
     assert set(os.listdir(".")) == before
+
+
+@pytest.fixture
+def no_vllm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+
+
+def test_a_missing_vllm_is_an_error_and_auto_says_why_it_takes_hf(toy, tmp_path, capsys, no_vllm):
+    assert "README says how to install it" in fails(["--engine", "vllm", "--out", str(tmp_path / "run")], capsys)
+    assert not (tmp_path / "run").exists()
+    out = grpo.main(["--engine", "auto", "--steps", "1", "--eval-prompts", "0", "--out", str(tmp_path / "run")])
+    assert "engine hf (vllm did not start: " in capsys.readouterr().out
+    assert json.loads((out / "args.json").read_text())["is_correction"] == "none"
 
 
 def test_rows_that_nobody_can_judge_stop_the_run_before_it_samples(toy, tmp_path, capsys):
@@ -401,4 +417,4 @@ def test_every_function_does_work_in_a_plain_run(toy, tmp_path):
     defined = {f"{prefix}{node.name}" for prefix, body in (("", ast.parse(Path(grpo.__file__).read_text()).body), (
         "Policy.", next(n.body for n in ast.parse(Path(grpo.__file__).read_text()).body if getattr(n, "name", "") == "Policy")))
         for node in body if isinstance(node, ast.FunctionDef)}
-    assert defined - entered == {"generate_slowly"}                     # for caches that are not plain KV caches
+    assert defined - entered == {"fingerprint", "Policy.weights", "Policy.own_logp"}  # test_vllm.py's run enters these

