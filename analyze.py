@@ -3,6 +3,7 @@ import resource
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from data import DOMAINS
 
@@ -39,6 +40,32 @@ def mean_stats(parts: list[dict]) -> dict[str, float]:
     return means | {"tokens": total}
 
 
+def step_metrics(seconds: dict, whole: dict, stats: list[dict], per_token: list[dict]) -> dict[str, float]:
+    """A step's line of metrics.jsonl. per_token: each rank's values of every sampled token, before any update:
+
+    log_w: log π_old/π_sampler, unclipped (outside: the share of ratios outside [0.5, 2]); entropy; log_ref: log π_ref/π_old.
+    """
+    log_w_N, entropy_N, *log_ref = (torch.cat(values) for values in zip(*(part.values() for part in per_token)))
+    w_N = log_w_N.exp()
+    found = {"mismatch/mean": log_w_N.abs().mean(), "mismatch/max": log_w_N.abs().max(), "is_ratio/mean": w_N.mean(),
+             "is_ratio/min": w_N.min(), "is_ratio/max": w_N.max(),
+             "is_ratio/outside": ((w_N < 0.5) | (w_N > 2)).float().mean(), "entropy": entropy_N.mean()}
+    if log_ref:
+        found["kl"] = (log_ref[0].exp() - log_ref[0] - 1).mean()
+    tokens = int(whole["tokens"].sum())
+    return {**{f"seconds/{k}": v for k, v in seconds.items()}, "tokens": tokens,
+            "tokens_per_s": tokens / seconds["rollout"], **domain_metrics(whole), **mean_stats(stats),
+            **{name: value.item() for name, value in found.items()}}
+
+
+def close_run(lines: list[dict], out, title: str) -> None:
+    """The closing table, the curves, and where everything is."""
+    print(closing_table(lines))
+    plot_curves(lines, out / "curves.png", title)
+    print(f"peak memory {peak_memory() / 2**30:.2f} GiB · curves {out / 'curves.png'} · samples "
+          f"{out / 'samples.jsonl'} · model {out / 'checkpoint'}")
+
+
 def opening(algorithm: str, policy, engine: str, args, out, steps: int, train: int, held_out: int, mix: dict, start: int):
     """What a run says first: model, engine, and the batch arithmetic in words."""
     minis = args.batch_prompts // args.mini_batch_prompts
@@ -47,7 +74,7 @@ def opening(algorithm: str, policy, engine: str, args, out, steps: int, train: i
             f"engine {engine}; importance-sampling correction {args.is_correction}\n"
             f"{args.batch_prompts} prompts × {args.group_size} samples = {args.batch_prompts * args.group_size} "
             f"responses a step; {minis} mini-batch(es) of {args.mini_batch_prompts} prompts; {steps} steps = "
-            f"{steps * minis} updates; 1 rank; {train} training and {held_out} held-out prompts\n"
+            f"{steps * minis} updates; {dist.get_world_size()} rank(s); {train} training and {held_out} held-out prompts\n"
             "mix " + ", ".join(f"{domain} {share:.2f}" for domain, share in mix.items())
             + (f"; resumed after step {start}" if start else ""))
 

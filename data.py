@@ -26,6 +26,9 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DOMAINS = ("math", "code", "science", "writing", "if", "agent")
 NEEDS = {"math": "answer", "code": "tests", "science": "answer", "writing": "reference", "if": "constraints",
@@ -68,7 +71,9 @@ FLAGS = {  # the flags that more than one script has, with one meaning everywher
                          "help": "hf: tokens that are sampled at once; bounds the KV cache"},
     "--lr": {"type": float, "default": 1e-6, "help": "learning rate"},
     "--warmup-steps": {"type": int, "default": 0, "help": "updates of linear warm-up"},
-    "--optim": {"choices": ["adamw"], "default": "adamw", "help": "optimizer"},
+    "--optim": {"choices": ["adamw", "adamw8bit"], "default": "adamw", "help": "optimizer; 8 bits by torchao"},
+    "--cpu-offload": {"action": "store_true", "help": "keep fp32 weights, gradients and optimizer on the CPU (FSDP2)"},
+    "--checkpoint-activations": {"action": "store_true", "help": "recompute each block in the backward pass"},
     "--adam-betas": {"type": float, "nargs": 2, "default": (0.9, 0.999), "help": "AdamW's betas"},
     "--weight-decay": {"type": float, "default": 0.0, "help": "AdamW's decoupled weight decay"},
     "--max-grad-norm": {"type": float, "default": 1.0, "help": "gradient clipping; 0: none"},
@@ -174,6 +179,25 @@ def toy_folder() -> str:
     return sft.build_toy()
 
 
+def load_model(name: str):
+    """(tokenizer, model in fp32 on the CPU, sorted ids that end a response). Raises UserError."""
+    tokenizer = from_pretrained(AutoTokenizer, name)
+    model = from_pretrained(AutoModelForCausalLM, name, dtype=torch.float32)
+    for module in model.modules():
+        for child, layer in module.named_children():
+            if type(layer).__name__ == "NewGELUActivation":  # GPT-2's, eight operations: the same function in one kernel
+                setattr(module, child, torch.nn.GELU("tanh"))
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError(f"--model {name}: its tokenizer has {len(tokenizer)} ids, its embedding fewer")
+    stop = model.generation_config.eos_token_id
+    stop_ids = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
+    if not stop_ids:
+        raise UserError(f"--model {name}: neither its tokenizer nor its generation config names an end token")
+    if max(stop_ids) >= len(tokenizer):
+        raise UserError(f"--model {name}: its end token {max(stop_ids)} is outside the tokenizer's {len(tokenizer)} ids")
+    return tokenizer, model, sorted(stop_ids)
+
+
 def from_pretrained(cls, name: str, **kwargs):
     """cls.from_pretrained(name) with the hub's failures told in one line."""
     try:
@@ -218,6 +242,16 @@ def open_run(args, algorithm: str) -> Path:
     return out
 
 
+def first_rank() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
 def hash_of(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -236,14 +270,20 @@ def save_folder(link: Path, tag: str, write) -> None:
     """write(folder) fills a new folder `<link>-<tag>`; then `link` points to it, by one rename; older ones are deleted.
 
     A kill at any moment leaves `link` at the last whole folder. What a killed save left behind is deleted by the next.
+    Under torchrun every rank calls it and writes; the first makes the folder and the rename.
     """
     temporary = link.with_name(f"{link.name}-{tag}.tmp")
     folder = link.with_name(f"{link.name}-{tag}")
     pointer = link.with_name(f"{link.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+        if first_rank():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        barrier()
         write(temporary)
+        barrier()
+        if not first_rank():
+            return
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     except Exception as error:
@@ -255,6 +295,46 @@ def save_folder(link: Path, tag: str, write) -> None:
     for old in link.parent.glob(f"{link.name}-*"):
         if old.name != folder.name:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def save_model(folder: Path, model, tokenizer, tensors, shard_bytes: int = 4 << 30) -> None:
+    """A folder that from_pretrained and vLLM open, from (name, tensor) pairs as they come: one shard in memory at a time.
+
+    Only the first rank writes; the others' pairs are drawn too, for drawing them may be a collective.
+    """
+    if not first_rank():
+        for _ in tensors:
+            pass
+        return
+    shards, held, where = [], {}, {}
+
+    def flush():
+        shards.append(folder / f"model-{len(shards) + 1:05d}.safetensors")
+        save_file(held, shards[-1], metadata={"format": "pt"})
+        held.clear()
+    for name, tensor in tensors:
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard_bytes:
+            flush()
+        held[name] = tensor.cpu().contiguous()
+        where[name] = (len(shards), tensor.nbytes)
+    flush()
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+             for i in range(len(shards))]
+    for shard, name in zip(shards, names):
+        shard.rename(folder / name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(size for _, size in where.values())},
+                 "weight_map": {name: names[i] for name, (i, _) in where.items()}}
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def fingerprint(tensor) -> int:
+    """The sum of a tensor's bit patterns: exact, and the same however it is fused with others, transposed, padded."""
+    bits = tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+    return sum(int(part.sum(dtype=torch.int64)) for part in bits.flatten().split(2**24))
 
 
 def read_jsonl(path: Path, upto: int) -> list[dict]:
@@ -273,14 +353,16 @@ def write_jsonl(path: Path, lines: list[dict]) -> None:
 
 
 class RunLog:
-    """metrics.jsonl and samples.jsonl of a run; on resume, what came after the checkpoint is cut off first."""
+    """metrics.jsonl and samples.jsonl of a run, by the first rank; what came after the checkpoint is cut off first."""
 
     def __init__(self, out: Path, start: int, args):
-        self.out = out
-        self.lines = read_jsonl(out / "metrics.jsonl", start)
+        self.out, self.lines, self.wandb = out, [], None
+        if not first_rank():
+            return
+        if start:
+            self.lines = read_jsonl(out / "metrics.jsonl", start)
         write_jsonl(out / "metrics.jsonl", self.lines)
         write_jsonl(out / "samples.jsonl", read_jsonl(out / "samples.jsonl", start))
-        self.wandb = None
         if args.wandb:
             try:
                 import wandb
@@ -289,6 +371,8 @@ class RunLog:
             self.wandb = wandb.init(project=args.wandb, name=out.name, config=vars(args))
 
     def write(self, line: dict, samples: list[dict] = ()) -> None:
+        if not first_rank():
+            return
         self.lines.append(line)
         for name, new in (("samples", samples), ("metrics", [line])):
             with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
@@ -540,7 +624,19 @@ def shuffles(rows: list[dict], seed: int, domain: str):
         epoch += 1
 
 
-def collate(rows_B: list[dict], group: int, tokens_B, logps_B, truncated_B, scores_B) -> dict[str, torch.Tensor]:
+def deal(rows: list[dict], rank: int, ranks: int, stretch: int) -> list[int]:
+    """The numbers of one rank's rows: in every stretch (a mini-batch), each domain's rows are dealt out in turn.
+
+    A rank that would have none gets the first row, which merge() then counts once.
+    """
+    mine = []
+    for start in range(0, len(rows), stretch):
+        part = range(start, min(start + stretch, len(rows)))
+        mine += sorted(part, key=lambda p: DOMAINS.index(rows[p]["domain"]))[rank::ranks]
+    return sorted(mine) or [0]
+
+
+def collate(rows_B: list[dict], numbers_P: list[int], group: int, tokens_B, logps_B, truncated_B, scores_B):
     """A batch: one line per response, right-padded to [B, T]; `group` consecutive lines share a prompt.
 
     ids: prompt, response (its end token included), padding; mask: the response; sampler_logp: the engine's log-probs;
@@ -558,11 +654,22 @@ def collate(rows_B: list[dict], group: int, tokens_B, logps_B, truncated_B, scor
             "sampler_logp": padded(blank_B, logps_B).float(),
             "length": torch.tensor([len(a) + len(b) for a, b in zip(prompts_B, tokens_B)]),
             "truncated": torch.tensor(truncated_B),
-            "group": torch.arange(len(rows_B) // group).repeat_interleave(group),
+            "group": torch.tensor(numbers_P).repeat_interleave(group),
             "domain": torch.tensor([DOMAINS.index(row["domain"]) for row in rows_B]),
             "reward": torch.tensor([np.nan if s.reward is None else s.reward for s in scores_B]).double(),
             "correct": torch.tensor([bool(s.correct) for s in scores_B]),
-            "valid": torch.tensor([s.valid for s in scores_B])}
+            "valid": torch.tensor([s.valid for s in scores_B]),
+            "tokens": torch.tensor([len(ids) for ids in tokens_B])}
+
+
+def merge(parts: list[tuple], group: int) -> tuple[dict, list[dict]]:
+    """(columns [B], samples) of all ranks' (columns, samples), in the prompts' order, each prompt once."""
+    columns = {k: torch.cat([columns[k] for columns, _ in parts]) for k in parts[0][0]}
+    samples = [sample for _, more in parts for sample in more]
+    order = columns["group"].argsort(stable=True)
+    sorted_B = columns["group"][order]
+    order = order[torch.arange(len(order)) - torch.searchsorted(sorted_B, sorted_B) < group]
+    return {k: v[order] for k, v in columns.items()}, [samples[i] for i in order.tolist()]
 
 
 # ---------------- the toy: five domains, each with a systematic bad habit that RL has to unlearn ----------------

@@ -26,12 +26,13 @@ import numpy as np
 import torch
 import transformers
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import analyze
 import data
+import ranks
 import rewards
-from data import DOMAINS, UserError, rng
+from data import DOMAINS, UserError, fingerprint, rng
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -61,6 +62,8 @@ def parse_args(argv: list[str] | None = None):
         help="mean per sequence then over sequences; over all tokens; or over sequences × --max-new-tokens")
     add("--is-correction", choices=["auto", "mask", "truncate", "none"], default="auto",
         help="of w = π_old/π_sampler: 0 outside [0.5, 2]; at most 2; not at all; auto: mask with vllm, none with hf")
+    add("--zero-advantage", choices=["auto", "keep", "drop"], default="auto",
+        help="rows without advantage: left out of the update's passes or not; auto: dropped when β = 0, which is exact")
     data.add_flags(parser, *data.FLAGS)
     add_algo_arguments(parser)
     args = parser.parse_args(argv)
@@ -81,23 +84,14 @@ def add_algo_arguments(parser):
 
 # ---------------- SHARED: setup ----------------
 def load_policy(name: str, dtype: str):
-    """(tokenizer, Policy) with fp32 master weights, on the GPU when there is one. Raises UserError."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = data.from_pretrained(AutoTokenizer, name)
-    model = data.from_pretrained(AutoModelForCausalLM, name, dtype=torch.float32).to(device).eval()  # eval: no dropout
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UserError(f"--model {name}: its tokenizer has {len(tokenizer)} ids, its embedding fewer")
-    stop = model.generation_config.eos_token_id
-    stop_ids = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
-    if not stop_ids:
-        raise UserError(f"--model {name}: neither its tokenizer nor its generation config names an end token")
-    bf16 = dtype == "bfloat16" or dtype == "auto" and device.type == "cuda"
-    policy = Policy(model, len(tokenizer), sorted(stop_ids))
-    ids_BT = torch.arange(8, device=device)[None]
+    """(tokenizer, Policy) with fp32 master weights, on the CPU (ranks.place() moves it). Raises UserError."""
+    tokenizer, model, stop_ids = data.load_model(name)
+    policy = Policy(model.eval(), len(tokenizer), stop_ids)  # eval: no dropout
+    ids_BT = torch.arange(8)[None]
     with torch.no_grad():  # the chunked head against the model's own forward pass
-        ours_T = policy(ids_BT, ids_BT > 0)[0][0, 1:]
+        ours_T = policy.own_logp(ids_BT[0].tolist())
         own_TV = model(ids_BT).logits[0, :-1, :policy.vocab].log_softmax(-1)
-    policy.bf16 = bf16
+    policy.bf16 = dtype == "bfloat16" or dtype == "auto" and policy.device.type == "cuda"
     if not torch.allclose(own_TV.gather(-1, ids_BT[0, 1:, None])[:, 0], ours_T, atol=1e-3):
         raise UserError(f"--model {name}: its logits are not its output head times its last hidden state (soft-capped "
                         "or scaled, as in Gemma 2 and Granite); this file's log-probs would be wrong")
@@ -120,14 +114,14 @@ def sample(logits_BV, uniform_B, temperature: float):
     return token_B, logp_BV.gather(-1, token_B[:, None])[:, 0]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(policy, prompts_P: list[list[int]], uniform_BT, temperature: float) -> list[tuple]:
     """Sample B/P responses a prompt with a KV cache: [(tokens, their log-probs, truncated), …].
 
     uniform_BT: one number in [0, 1) per token, so that a sample depends on nothing but its own numbers. The prompt is
     run once for its whole group; lines that stopped leave the cache once a quarter of them have.
     """
-    model, device = policy.model, policy.model.device
+    model, device = (policy.sampler or [policy.model])[0], policy.device
     (B, T), group = uniform_BT.shape, len(uniform_BT) // len(prompts_P)
     width = max(map(len, prompts_P))
     uniform_BT = uniform_BT.to(device)
@@ -169,12 +163,6 @@ def generate(policy, prompts_P: list[list[int]], uniform_BT, temperature: float)
         tokens_BT, logp_BT, length_B, truncated_B)))]
 
 
-def fingerprint(tensor) -> int:
-    """The sum of a tensor's bit patterns: exact, and the same however it is fused with others, transposed, padded."""
-    bits = tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
-    return sum(int(part.sum(dtype=torch.int64)) for part in bits.flatten().split(2**24))
-
-
 class Engine:  # the vLLM block: no line outside it knows vLLM
     """vLLM in this process. Born with random weights: all it has comes through sync_weights. Its vocabulary is cut to
     the tokenizer's, so that no other id can be sampled. Raises UserError."""
@@ -182,16 +170,17 @@ class Engine:  # the vLLM block: no line outside it knows vLLM
     def __init__(self, name: str, policy, canary: list[int], args):
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
-        self.canary, self.cuda = canary, policy.model.device.type == "cuda"
+        self.canary, self.cuda = canary, policy.device.type == "cuda"
         self.dtype, self.tolerance = (torch.bfloat16, 0.2) if policy.bf16 else (torch.float32, 1e-4)  # nats
         memory = torch.cuda.mem_get_info()[1] if self.cuda else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         try:
             import vllm
             self.params, self.llm = vllm.SamplingParams, vllm.LLM(
-                name, dtype=self.dtype, load_format="dummy", hf_overrides={"vocab_size": policy.vocab}, seed=args.seed,
-                skip_tokenizer_init=True, max_model_len=args.max_prompt_tokens + args.max_new_tokens,
+                name, dtype=self.dtype, load_format="dummy", hf_overrides={"vocab_size": policy.vocab},
+                max_model_len=args.max_prompt_tokens + args.max_new_tokens, enable_sleep_mode=self.cuda,
                 gpu_memory_utilization=args.engine_memory, kv_cache_memory_bytes=int(args.engine_memory * memory),
-                logprobs_mode="processed_logprobs", enable_sleep_mode=self.cuda)
+                logprobs_mode="processed_logprobs", skip_tokenizer_init=True,
+                distributed_executor_backend="external_launcher" if "RANK" in os.environ else None)  # its own GPU
         except Exception as error:
             why = "README says how to install it" if isinstance(error, ImportError) else (
                 f"what it takes is set by --engine-memory {args.engine_memory}, --max-prompt-tokens, --max-new-tokens")
@@ -199,8 +188,8 @@ class Engine:  # the vLLM block: no line outside it knows vLLM
 
     @torch.no_grad()
     def sync_weights(self, policy, spoiled: bool = False) -> None:
-        """Stream the trainer's parameters into the engine, one at a time, and compare what arrived: each tensor's
-        fingerprint, as sent and as held (where vLLM did not pack it away), and the log-probs of the canary."""
+        """Stream the trainer's parameters in, one at a time, and compare what arrived: each tensor's fingerprint, as
+        sent and as held (where vLLM did not pack it away), and the log-probs of the canary."""
         sent, held = {}, {}
         def stream():
             for name, tensor in policy.weights(self.dtype):
@@ -210,9 +199,8 @@ class Engine:  # the vLLM block: no line outside it knows vLLM
         def arrived(model):  # runs in the engine
             if hasattr(model.lm_head, "quant_method"):  # a tied head that the CPU build has packed would stay stale
                 model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
-            fused = getattr(model, "packed_modules_mapping", {})
             for name, p in model.named_parameters():
-                m = name.split(".")[-2]
+                m, fused = name.split(".")[-2], getattr(model, "packed_modules_mapping", {})
                 if p.numel():
                     parts = tuple(name.replace(f".{m}.", f".{part}.") for part in fused.get(m, [m]))
                     held[parts] = fingerprint(p.to(self.dtype))
@@ -224,8 +212,8 @@ class Engine:  # the vLLM block: no line outside it knows vLLM
         ours = {name: fingerprint(tensor) for name, tensor in policy.weights(self.dtype)}
         wrong = [name for name in ours if sent.get(name) != ours[name]] + [
             parts[0] for parts, f in held.items() if ours.keys() >= set(parts) and sum(map(ours.get, parts)) != f]
-        params = self.params(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        out = self.llm.generate({"prompt_token_ids": self.canary}, params, use_tqdm=False)[0].prompt_logprobs
+        out = self.llm.generate({"prompt_token_ids": self.canary}, self.params(max_tokens=1, prompt_logprobs=0),
+                                use_tqdm=False)[0].prompt_logprobs
         theirs_T = torch.tensor([out[t][i].logprob for t, i in enumerate(self.canary) if t])
         off = (policy.own_logp(self.canary) - theirs_T).abs().mean().item()
         if wrong or not off <= self.tolerance:
@@ -281,30 +269,34 @@ def respond(policy, prompts_P: list[list[int]], keys_P: list[tuple], group: int,
 
 
 def rollout(policy, tokenizer, rows_P: list[dict], group: int, key: tuple, temperature: float, args):
-    """(batch, samples, seconds): `group` responses a row, scored. key: (seed, step or purpose) of the random numbers.
-
-    batch: one line per response, see data.collate. samples: what samples.jsonl shows.
-    """
+    """(batch, whole, samples, seconds): `group` responses a row, scored. key: (seed, step or purpose) of the random
+    numbers. batch: this rank's, see data.collate; whole: every rank's, but only the columns [B]; samples: what
+    samples.jsonl shows."""
     clock = [time.perf_counter()]
     if policy.engine:
         policy.engine.sync_weights(policy)
+    elif policy.sharded:
+        policy.sync_sampler()
     clock.append(time.perf_counter())
     copies = Counter()
     keys_P = []
     for row in rows_P:  # a row that comes twice goes on with its stream of samples: it never repeats one
         keys_P.append((*key, row["id"], copies[row["id"]]))
         copies[row["id"]] += group
-    tokens_B, logps_B, truncated_B = zip(*respond(policy, [r["ids"] for r in rows_P], keys_P, group, temperature, args))
+    mine = data.deal(rows_P, ranks.mine(), ranks.count(), args.mini_batch_prompts)
+    rows_B = [rows_P[p] for p in mine for _ in range(group)]
+    tokens_B, logps_B, truncated_B = zip(*respond(
+        policy, [rows_P[p]["ids"] for p in mine], [keys_P[p] for p in mine], group, temperature, args))
     clock.append(time.perf_counter())
-    rows_B = [row for row in rows_P for _ in range(group)]
     texts = [row["opened"] + tokenizer.decode(ids, skip_special_tokens=True) for row, ids in zip(rows_B, tokens_B)]
     scores = rewards.score(texts, rows_B, args.reward_scheme, args.verifier_url, args.judge_url, args.sandbox_url,
                            lambda text: len(tokenizer(text, add_special_tokens=False).input_ids))
     clock.append(time.perf_counter())
-    batch = data.collate(rows_B, group, tokens_B, logps_B, truncated_B, scores)
+    batch = data.collate(rows_B, mine, group, tokens_B, logps_B, truncated_B, scores)
     samples = [{"id": row["id"], "domain": row["domain"], "prompt": tokenizer.decode(row["ids"]), "response": text,
                 "reward": s.reward, "verdict": s.why} for row, text, s in zip(rows_B, texts, scores)]
-    return batch, samples, dict(zip(("sync", "rollout", "reward"), np.diff(clock).tolist()))
+    whole, samples = data.merge(ranks.gather(({k: v for k, v in batch.items() if v.ndim == 1}, samples)), group)
+    return batch, whole, samples, dict(zip(("sync", "rollout", "reward"), np.diff(clock).tolist()))
 
 
 def evaluate(policy, tokenizer, rows: list[dict], args) -> dict[str, float]:
@@ -314,14 +306,10 @@ def evaluate(policy, tokenizer, rows: list[dict], args) -> dict[str, float]:
     """
     found = {}
     for name, group, temperature in (("sampled", args.eval_samples, args.temperature), ("greedy", 1, 0.0)):
-        if not rows or not group:
-            continue
-        batch, _, _ = rollout(policy, tokenizer, rows, group, (args.seed, "evaluation"), temperature, args)
-        known = ~batch["reward"].isnan()
-        for k in batch["domain"].unique().tolist():
-            mine = known & (batch["domain"] == k)
-            if mine.any():
-                found[f"eval/{name}/{DOMAINS[k]}"] = batch["correct"][mine].double().mean().item()
+        if rows and group:
+            _, whole, _, _ = rollout(policy, tokenizer, rows, group, (args.seed, "evaluation"), temperature, args)
+            accuracy = analyze.by_domain(analyze.domain_metrics(whole), "accuracy")
+            found |= {f"eval/{name}/{domain}": value for domain, value in accuracy.items()}
     return found
 
 
@@ -332,17 +320,29 @@ class Policy(torch.nn.Module):
     def __init__(self, model, vocab: int, stop_ids: list[int], bf16: bool = False, temperature: float = 1.0):
         super().__init__()
         self.model, self.vocab, self.stop_ids, self.bf16, self.temperature = model, vocab, stop_ids, bf16, temperature
-        self.engine, self.updates = None, 0  # the sampler's engine, if not this model itself; optimizer steps made
+        self.engine, self.sampler, self.sharded, self.updates = None, [], False, 0  # updates: optimizer steps made
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else model.device
 
     def autocast(self):
         """bf16 compute on fp32 master weights."""
-        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def weights(self, dtype):
-        """(name, tensor) of parameters as checkpoints name them, tied ones once, embeddings of the tokenizer's ids."""
+    def weights(self, dtype, cut: bool = True):
+        """(name, tensor) of whole parameters as checkpoints name them, tied ones once; embeddings cut to self.vocab."""
         embeddings = [self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight]
         for name, p in self.model.named_parameters():
-            yield name, (p.detach()[:self.vocab] if any(p is e for e in embeddings) else p.detach()).to(dtype)
+            whole = ranks.whole(p)
+            yield name, (whole[:self.vocab] if cut and any(p is e for e in embeddings) else whole).detach().to(dtype)
+
+    @torch.no_grad()
+    def sync_sampler(self) -> None:
+        """Copy the shards' whole weights into a model that the hf engine samples from: ranks finish at different
+        lengths, so that collectives while sampling would wait for ever."""
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        if not self.sampler:  # in a list: not a submodule
+            self.sampler.append(AutoModelForCausalLM.from_config(self.model.config, dtype=dtype).to(self.device).eval())
+        for p, (_, tensor) in zip(self.sampler[0].parameters(), self.weights(dtype, cut=False)):
+            p.copy_(tensor)
 
     def head(self, hidden_NH, target_N, temperature: float):
         """(log-prob of each target, entropy), over the tokenizer's ids only: a model may have more rows than that."""
@@ -356,22 +356,24 @@ class Policy(torch.nn.Module):
 
     def own_logp(self, ids_T: list[int]):
         """Log-probs of ids_T[1:] at temperature 1, on the CPU."""
-        ids_BT = torch.tensor([ids_T], device=self.model.device)
+        ids_BT = torch.tensor([ids_T], device=self.device)
         return self(ids_BT, ids_BT >= 0, 1.0)[0][0, 1:].cpu()
 
     def forward(self, ids_BT, mask_BT, temperature: float | None = None):
         """(logp_BT, entropy_BT, mean_h_BH). logp[b, t] is log π(ids[b, t] | ids[b, <t]) where mask, 0 elsewhere.
 
         mean_h is the mean of the last hidden layer over the response. Right padding needs no attention mask: causal
-        attention never sees it.
+        attention never sees it. A rank without lines (B = 0) joins the others' collectives with a blank one.
         """
+        B = len(ids_BT)
+        ids_BT, mask_BT = (ids_BT, mask_BT) if B else (ids_BT.new_zeros(1, 2), mask_BT.new_zeros(1, 2))
         with self.autocast():
             hidden_BTH = self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
         where = mask_BT[:, 1:]
         hidden_NH, target_N = hidden_BTH[:, :-1][where], ids_BT[:, 1:][where]
-        chunk = max(1, 2**26 // self.vocab)
-        T = temperature or self.temperature
-        parts = [checkpoint(self.head, h, y, T, use_reentrant=False) if torch.is_grad_enabled() else self.head(h, y, T)
+        T, chunk = temperature or self.temperature, max(1, 2**26 // self.vocab)
+        again = torch.is_grad_enabled() and len(hidden_NH) > chunk  # one chunk may keep its logits
+        parts = [checkpoint(self.head, h, y, T, use_reentrant=False) if again else self.head(h, y, T)
                  for h, y in zip(hidden_NH.split(chunk), target_N.split(chunk))]
         found = []
         for values_N in map(torch.cat, zip(*parts)):
@@ -379,12 +381,13 @@ class Policy(torch.nn.Module):
             values_BT[:, 1:][where] = values_N
             found.append(values_BT)
         mean_h_BH = (hidden_BTH * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)
-        return found[0], found[1], mean_h_BH
+        return (*found, mean_h_BH) if B else tuple(value[:0].clone() for value in (*found, mean_h_BH))
 
 
 def take(batch: Batch, index, device=None) -> Batch:
-    """Some lines of a batch, cut to their longest."""
-    longest = int(batch["length"][index].max())
+    """Some lines of a batch (perhaps none), cut to their longest."""
+    length_B = batch["length"][index]
+    longest = int(length_B.max()) if len(length_B) else 2
     return {k: (v[index][:, :longest] if v.ndim == 2 else v[index]).to(device or v.device) for k, v in batch.items()}
 
 
@@ -396,33 +399,32 @@ def micro_batches(length_B, budget: int) -> list[torch.Tensor]:
             pieces.append(torch.tensor(piece))
             piece = []
         piece.append(i)
-    return [*pieces, torch.tensor(piece)]
+    return [*pieces, torch.tensor(piece, dtype=torch.long)]
+
+
+def in_step(pieces: list[torch.Tensor]) -> list[torch.Tensor]:
+    """As many pieces on every rank, for each is a round of collectives: a rank that has fewer adds empty ones."""
+    most, = ranks.reduce([len(pieces)], "max")
+    return pieces + [torch.tensor([], dtype=torch.long)] * (int(most) - len(pieces))
 
 
 @torch.no_grad()
-def log_probs(policy, batch: Batch, args) -> torch.Tensor:
-    """logp_BT of a whole batch, on the CPU."""
-    logp_BT = torch.zeros(batch["ids"].shape)
-    for index in micro_batches(batch["length"], args.micro_batch_tokens):
-        micro = take({k: batch[k] for k in ("ids", "mask", "length")}, index, policy.model.device)
-        logp_BT[index, :micro["ids"].shape[1]] = policy(micro["ids"], micro["mask"])[0].cpu().float()
-    return logp_BT
+def log_probs(policy, batch: Batch, args):
+    """(logp_BT, entropy_BT) of a whole batch, on the CPU."""
+    logp_BT, entropy_BT = torch.zeros(2, *batch["ids"].shape)
+    for index in in_step(micro_batches(batch["length"], args.micro_batch_tokens)):
+        micro = take({k: batch[k] for k in ("ids", "mask", "length")}, index, policy.device)
+        for whole_BT, part_BT in zip((logp_BT, entropy_BT), policy(micro["ids"], micro["mask"])):
+            whole_BT[index, :part_BT.shape[1]] = part_BT.cpu().float()
+    return logp_BT, entropy_BT
 
 
-def sampler_mismatch(batch: Batch, args):
-    """(weight_BT, metrics) of w = π_old/π_sampler a token, before any update: how far the sampler is from the trainer.
-
-    The weight of a token's policy gradient: w, but 0 outside [0.5, 2] (mask: M2RL's masked importance sampling); w, at
-    most 2 (truncate: its scripts); 1 (none: the hf engine samples from π_old itself).
-    """
-    log_w_BT = (batch["old_logp"] - batch["sampler_logp"]) * batch["mask"]
-    w_BT, w_N, off_N = log_w_BT.exp(), log_w_BT.exp()[batch["mask"]], log_w_BT.abs()[batch["mask"]]
-    inside_BT = (w_BT >= 0.5) & (w_BT <= 2.0)
-    metrics = {"mismatch/mean": off_N.mean(), "mismatch/max": off_N.max(), "is_ratio/mean": w_N.mean(),
-               "is_ratio/min": w_N.min(), "is_ratio/max": w_N.max(), "is_ratio/outside": (~inside_BT).sum() / len(w_N)}
-    weight_BT = {"mask": w_BT * inside_BT, "truncate": w_BT.clamp(max=2.0), "none": torch.ones_like(w_BT)}[
-        args.is_correction]
-    return weight_BT, {name: value.item() for name, value in metrics.items()}
+def importance_weights(batch: Batch, args) -> torch.Tensor:
+    """[B, T]: the weight of each token's policy gradient, by w = π_old/π_sampler: w, but 0 outside [0.5, 2] (mask:
+    M2RL's masked importance sampling); w, at most 2 (truncate: its scripts); 1 (none: hf samples from π_old)."""
+    w_BT = torch.exp((batch["old_logp"] - batch["sampler_logp"]) * batch["mask"])
+    return {"mask": w_BT * ((w_BT >= 0.5) & (w_BT <= 2.0)), "truncate": w_BT.clamp(max=2.0),
+            "none": torch.ones_like(w_BT)}[args.is_correction]
 
 
 # ---------------- ALGO: advantages ----------------
@@ -447,47 +449,52 @@ def policy_loss(logp_BT, micro: Batch, args):
     ratio_BT = torch.exp(logp_BT - micro["old_logp"])
     clipped_BT = ratio_BT.clamp(1 - args.clip_low, 1 + args.clip_high)
     surrogate_BT = torch.minimum(ratio_BT * micro["advantage"], clipped_BT * micro["advantage"])
-    stats = {"ratio": ratio_BT, "clip_fraction": surrogate_BT < ratio_BT * micro["advantage"]}
+    stats = {"clip_fraction": surrogate_BT < ratio_BT * micro["advantage"]}
     if not args.beta:
         return -surrogate_BT, stats
     log_ratio_BT = micro["ref_logp"] - logp_BT
-    kl_BT = torch.exp(log_ratio_BT) - log_ratio_BT - 1
-    return -surrogate_BT + args.beta * kl_BT, stats | {"kl": kl_BT}
+    return -surrogate_BT + args.beta * (torch.exp(log_ratio_BT) - log_ratio_BT - 1), stats
 
 
 # ---------------- SHARED: backward ----------------
 def token_weights(batch: Batch, args) -> torch.Tensor:
-    """w_BT with loss = Σ w·loss_BT. The denominators are counted here, over all rows given, before any forward pass."""
+    """w_BT with loss = Σ w·loss_BT. The denominators are counted here, over all rows given, on all ranks, before any
+    forward pass."""
     mask_BT = batch["mask"].double()
+    lines, tokens = ranks.reduce([len(mask_BT), mask_BT.sum()])
     if args.loss_norm == "token":
-        return mask_BT / mask_BT.sum()
+        return mask_BT / tokens
     per_row_B1 = mask_BT.sum(1, keepdim=True) if args.loss_norm == "sequence" else args.max_new_tokens
-    return mask_BT / per_row_B1 / len(mask_BT)
+    return mask_BT / per_row_B1 / lines
 
 
 def backward(policy, batch: Batch, args) -> dict[str, float]:
     """Add ∂loss/∂θ of these rows to .grad, micro-batch by micro-batch. Returns token means of the statistics."""
     batch = batch | {"weight": token_weights(batch, args)}
-    totals = Counter({"tokens": int(batch["mask"].sum()), "loss": 0.0})
-    for index in micro_batches(batch["length"], args.micro_batch_tokens):
-        micro = take(batch, index, policy.model.device)
-        logp_BT, entropy_BT, _ = policy(micro["ids"], micro["mask"])
+    tokens, = ranks.reduce([int(batch["mask"].sum())])
+    if args.zero_advantage == "drop":
+        batch = take(batch, (batch["advantage"] != 0).any(1))
+    sums = Counter(loss=0.0)
+    for index in in_step(micro_batches(batch["length"], args.micro_batch_tokens)):
+        micro = take(batch, index, policy.device)
+        logp_BT, _, _ = policy(micro["ids"], micro["mask"])
         loss_BT, stats = policy_loss(logp_BT, micro, args)
         loss = (loss_BT * micro["weight"]).sum()
-        loss.backward()
-        totals["loss"] += loss.item()
-        for name, value_BT in (stats | {"entropy": entropy_BT}).items():
-            totals[name] += (value_BT.detach() * micro["mask"]).sum().item() / int(batch["mask"].sum())
-    return dict(totals)
+        (loss * ranks.count()).backward()  # FSDP2 takes the mean of the ranks' gradients
+        sums["loss"] += loss.item()
+        for name, value_BT in stats.items():
+            sums[name] += (value_BT.detach() * micro["mask"]).sum().item() / tokens
+    return dict(zip(sums, ranks.reduce(list(sums.values())))) | {"tokens": tokens}
 
 
 def optimizer_step(policy, optimizer, lr: float, args) -> float:
     """Clip, step with this learning rate, clear the gradients. Returns the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf")).item()
-    if not torch.isfinite(torch.tensor(norm)):
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
+    norm = ranks.whole(norm).item()
+    if not np.isfinite(norm):
         raise UserError(f"the gradient's norm is {norm}: the run diverged; lower --lr (was {lr:g}) and --resume")
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], torch.Tensor) else lr  # a tensor: torchao's
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     policy.updates += 1
@@ -501,35 +508,13 @@ def update(policy, optimizer, batch: Batch, lr: float, key: tuple, state: dict, 
     return stats | {"grad_norm": optimizer_step(policy, optimizer, lr, args)}
 
 
-# ---------------- SHARED: checkpoint and logs ----------------
-def save_checkpoint(out: Path, step: int, policy, tokenizer, optimizer, state: dict) -> None:
-    """out/checkpoint: a model folder that from_pretrained opens, plus trainer.pt; a kill leaves the last whole one."""
-    def write(folder):
-        policy.model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        kept = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
-        torch.save({"step": step, "optimizer": optimizer.state_dict(), "state": kept}, folder / "trainer.pt")
-    data.save_folder(out / "checkpoint", f"{step:06d}", write)
-
-
-def load_trainer(folder: Path, optimizer, state: dict) -> int:
-    """Restore the optimizer and the algorithm's state; returns the last finished step."""
-    saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(saved["optimizer"])
-    for name, value in saved["state"].items():
-        if hasattr(state[name], "load_state_dict"):
-            state[name].load_state_dict(value)
-        else:
-            state[name] = value
-    return saved["step"]
-
-
 # ---------------- SHARED: main ----------------
 def main(argv: list[str] | None = None) -> Path:
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     name = data.toy_folder() if args.model == "toy" else data.resolve_model(args.model)
+    ranks.start()
     tokenizer, policy = load_policy(name, args.dtype)
     policy.temperature = args.temperature
     context = getattr(policy.model.config, "max_position_embeddings", 1 << 30)
@@ -539,59 +524,59 @@ def main(argv: list[str] | None = None) -> Path:
     mix = data.domain_mix(train_rows, args.domain_mix)
     steps = args.steps or max(1, len(train_rows) // args.batch_prompts)
     minis = args.batch_prompts // args.mini_batch_prompts
-    canary = [i for row in train_rows[:64] for i in row["ids"]][:min(64, args.max_prompt_tokens)]
-    engine, which = open_engine(name, policy, canary, args)
-    if args.is_correction == "auto":
-        args.is_correction = "mask" if engine else "none"
-    out = data.open_run(args, ALGORITHM)
+    if args.mini_batch_prompts < ranks.count():
+        raise UserError(f"--mini-batch-prompts {args.mini_batch_prompts}: fewer than the {ranks.count()} ranks")
     reference = copy.deepcopy(policy).requires_grad_(False) if args.beta else None
-    if args.resume and (out / "checkpoint").exists():
-        saved = AutoModelForCausalLM.from_pretrained(out / "checkpoint", dtype=torch.float32)
-        policy.model.load_state_dict(saved.state_dict())
-        del saved
-    policy.engine = engine
-    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, args.adam_betas, weight_decay=args.weight_decay)
+    ranks.place(policy, args)
+    if reference:
+        ranks.place(reference.bfloat16() if policy.bf16 else reference, args)
+    canary = [i for row in train_rows[:64] for i in row["ids"]][:min(64, args.max_prompt_tokens)]
+    policy.engine, which = open_engine(name, policy, canary, args)
+    if args.is_correction == "auto":
+        args.is_correction = "mask" if policy.engine else "none"
+    if args.zero_advantage == "auto":
+        args.zero_advantage = "keep" if args.beta else "drop"
+    out = ranks.gather(data.open_run(args, ALGORITHM) if ranks.mine() == 0 else None)[0]
+    optimizer = ranks.make_optimizer(policy, args)
     state = init_state(args, policy)
-    start = load_trainer(out / "checkpoint", optimizer, state) if args.resume and (out / "checkpoint").exists() else 0
+    resumes = args.resume and (out / "checkpoint").exists()
+    start = ranks.load_checkpoint(out / "checkpoint", policy, optimizer, state) if resumes else 0
     log = data.RunLog(out, start, args)
     print(analyze.opening(ALGORITHM, policy, which, args, out, steps, len(train_rows), len(eval_rows), mix, start))
-    if not log.lines:
+    if not start:
         log.write({"step": 0} | evaluate(policy, tokenizer, eval_rows, args))
     started = time.perf_counter()
     stream = islice(data.batches(train_rows, args.batch_prompts, mix, args.seed), start, steps)
     for step, rows in enumerate(stream, start + 1):
         key = (args.seed, step)
-        batch, samples, seconds = rollout(policy, tokenizer, rows, args.group_size, key, args.temperature, args)
+        batch, whole, samples, seconds = rollout(policy, tokenizer, rows, args.group_size, key, args.temperature, args)
         clock = time.perf_counter()
-        batch["old_logp"] = log_probs(policy, batch, args)
+        batch["old_logp"], entropy_BT = log_probs(policy, batch, args)
+        per_token = {"log_w": batch["old_logp"] - batch["sampler_logp"], "entropy": entropy_BT}
         if reference:
-            batch["ref_logp"] = log_probs(reference, batch, args)
-        weight_BT, mismatch = sampler_mismatch(batch, args)
-        batch["advantage"] = advantages(batch, args) * weight_BT
+            batch["ref_logp"], _ = log_probs(reference, batch, args)
+            per_token["log_ref"] = batch["ref_logp"] - batch["old_logp"]
+        per_token = ranks.gather({name: value_BT[batch["mask"]] for name, value_BT in per_token.items()})
+        batch["advantage"] = advantages(batch, args) * importance_weights(batch, args)
         seconds["logprobs"] = time.perf_counter() - clock
         stats = []
         for m in range(minis):
             mine = (batch["group"] // args.mini_batch_prompts == m) & ~batch["reward"].isnan()
-            if mine.any():  # every verifier call may have failed
+            if ranks.reduce([int(mine.sum())])[0]:  # every verifier call may have failed
                 done = (step - 1) * minis + m + 1
                 lr = args.lr * min(1.0, done / max(1, args.warmup_steps))
                 stats.append(update(policy, optimizer, take(batch, mine), lr, (*key, m), state, args))
         seconds["update"] = time.perf_counter() - clock - seconds["logprobs"]
-        tokens = int(batch["mask"].sum())
-        line = {"step": step, **{f"seconds/{k}": v for k, v in seconds.items()}, "tokens": tokens,
-                "tokens_per_s": tokens / seconds["rollout"], **analyze.domain_metrics(batch),
-                **analyze.mean_stats(stats), **mismatch}
+        line = {"step": step, **analyze.step_metrics(seconds, whole, stats, per_token)}
         if step == steps or args.eval_every and step % args.eval_every == 0:
             line |= evaluate(policy, tokenizer, eval_rows, args)
         verdicts = Counter(f"{s['domain']}: {s['verdict'].split()[0].rstrip(':')}" for s in samples)
         log.write(line | {"verdicts": verdicts}, [{"step": step, **s} for s in samples[::max(1, len(samples) // 20)]])
         print(analyze.live_line(line, steps, time.perf_counter() - started, step - start), flush=True)
         if step % args.save_every == 0 or step == steps:
-            save_checkpoint(out, step, policy, tokenizer, optimizer, state)
-    print(analyze.closing_table(log.lines))
-    analyze.plot_curves(log.lines, out / "curves.png", f"{ALGORITHM} on {args.model}")
-    print(f"peak memory {analyze.peak_memory() / 2**30:.2f} GiB · curves {out / 'curves.png'} · samples "
-          f"{out / 'samples.jsonl'} · model {out / 'checkpoint'}")
+            ranks.save_checkpoint(out, step, policy, tokenizer, optimizer, state)
+    if ranks.mine() == 0:
+        analyze.close_run(log.lines, out, f"{ALGORITHM} on {args.model}")
     return out
 
 

@@ -17,9 +17,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import data
 from data import UserError, rng
-from grpo import Policy, load_policy, micro_batches, save_checkpoint, take
+from grpo import Policy, load_policy, micro_batches, take
+from ranks import save_checkpoint
 
 TOY_MODEL = {"n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": 64, "initializer_range": 0.08, "resid_pdrop": 0.0,
+             "activation_function": "gelu_pytorch_tanh",  # gelu_new in one kernel
              "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # range 0.02 trains far slower at this size
 TOY_TRAINING = {"steps": 1600, "batch_rows": 32, "lr": 3e-3, "warmup_steps": 30, "seed": 0, "demonstrations": 51200}
 
@@ -63,7 +65,7 @@ def train(policy, tokenizer, rows: list[dict], steps: int, batch_rows: int, lr: 
         batch = encode(batch_of, tokenizer, limit)
         total = 0.0
         for index in micro_batches(batch["length"], budget):
-            micro = take(batch, index, policy.model.device)
+            micro = take(batch, index, policy.device)
             logp_BT, _, _ = policy(micro["ids"], micro["mask"])
             loss = -logp_BT.sum() / batch["mask"].sum()
             loss.backward()
@@ -132,6 +134,7 @@ def main(argv: list[str] | None = None) -> str:
         print(f"toy model: {folder}")
         return folder
     tokenizer, policy = load_policy(data.resolve_model(args.model), args.dtype)
+    policy.to(policy.device)
     rows = data.load_rows(args.data)
     for row in rows:
         if not isinstance(row.get("response"), str):

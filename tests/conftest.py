@@ -12,7 +12,10 @@ os.chdir(ROOT)                      # the toy is kept in runs/, as for a user
 
 import data  # noqa: E402
 import grpo  # noqa: E402
+import ranks  # noqa: E402
 import sft  # noqa: E402
+
+ranks.start()                       # the losses' denominators are counted over a group of one
 
 CHAT_TEMPLATE = ("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
                  "{% if add_generation_prompt %}[assistant]{% endif %}")

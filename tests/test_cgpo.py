@@ -53,7 +53,7 @@ def expansion():
 
 
 def order_of(batch, key):
-    return [int(batch["domain"][lines][0]) for lines in cgpo.sub_batches(batch, key, "random")]
+    return [int(batch["domain"][lines][0]) for lines, _ in cgpo.sub_batches(batch, key, "random")]
 
 
 def test_equation_5_holds_to_third_order(expansion):
@@ -125,8 +125,8 @@ def test_unequal_domains_scale_the_learning_rate_under_adamw():
 def test_orders():
     policy = make_policy()
     batch = make_batch(policy, prompts=(3, 2, 1))
-    assert [int(batch["domain"][lines][0]) for lines in cgpo.sub_batches(batch, (0, 5, 0), "fixed")] == [0, 1, 2]
-    mixed = cgpo.sub_batches(batch, (0, 5, 0), "mixed")
+    assert [int(batch["domain"][lines][0]) for lines, _ in cgpo.sub_batches(batch, (0, 5, 0), "fixed")] == [0, 1, 2]
+    mixed = [lines for lines, _ in cgpo.sub_batches(batch, (0, 5, 0), "mixed")]
     assert torch.stack(mixed).sum(0).eq(1).all()                        # every line in one chunk
     assert [len(batch["group"][lines].unique()) for lines in mixed] == [3, 2, 1]
     assert any(len(batch["domain"][lines].unique()) > 1 for lines in mixed)

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+import analyze
 import grpo
 import sft
 from conftest import flags, gradients, make_batch, make_policy, parameters, tiny_model
@@ -197,12 +198,23 @@ def test_importance_sampling_correction_by_hand():
     w = torch.tensor([[1.0, 3.0, 0.4, 1.5, 9.0]])
     batch = {"old_logp": w.log(), "sampler_logp": torch.zeros(1, 5), "mask": torch.tensor([[True] * 4 + [False]])}
     for kind, expected in (("mask", [1, 0, 0, 1.5]), ("truncate", [1, 2, 0.4, 1.5]), ("none", [1, 1, 1, 1])):
-        weight_BT, metrics = grpo.sampler_mismatch(batch, flags("--is-correction", kind))
+        weight_BT = grpo.importance_weights(batch, flags("--is-correction", kind))
         assert torch.allclose(weight_BT[0, :4], torch.tensor(expected, dtype=torch.float))
-    assert metrics["is_ratio/min"] == pytest.approx(0.4) and metrics["is_ratio/max"] == pytest.approx(3)
-    assert metrics["is_ratio/outside"] == 0.5 and metrics["is_ratio/mean"] == pytest.approx(5.9 / 4)
+
+
+def test_mismatch_metrics_by_hand_over_two_ranks():
+    w = torch.tensor([1.0, 3.0, 0.4, 1.5])
+    ref = torch.tensor([0.0, 0.1, -0.2, 0.0])
+    parts = [{"log_w": w[:3].log(), "entropy": w[:3], "log_ref": ref[:3]}, {"log_w": w[3:].log(), "entropy": w[3:], "log_ref": ref[3:]}]
+    whole = {name: torch.zeros(2) for name in ("reward", "correct", "valid", "truncated", "group", "domain", "tokens")}
+    found = analyze.step_metrics({"rollout": 1.0}, {k: v.long() if k in ("group", "domain") else v.bool() if k == "valid" else v
+                                                    for k, v in whole.items()}, [], parts)
+    assert found["is_ratio/min"] == pytest.approx(0.4) and found["is_ratio/max"] == pytest.approx(3)
+    assert found["is_ratio/outside"] == 0.5 and found["is_ratio/mean"] == pytest.approx(5.9 / 4)
     logs = [0, math.log(3), -math.log(0.4), math.log(1.5)]
-    assert metrics["mismatch/mean"] == pytest.approx(sum(logs) / 4) and metrics["mismatch/max"] == pytest.approx(math.log(3))
+    assert found["mismatch/mean"] == pytest.approx(sum(logs) / 4) and found["mismatch/max"] == pytest.approx(math.log(3))
+    assert found["entropy"] == pytest.approx(5.9 / 4)
+    assert found["kl"] == pytest.approx((math.exp(0.1) - 0.1 - 1 + math.exp(-0.2) + 0.2 - 1) / 4, rel=1e-5)
 
 
 def test_a_masked_token_gets_no_policy_gradient_and_a_weighted_one_w_times_as_much():
@@ -214,8 +226,60 @@ def test_a_masked_token_gets_no_policy_gradient_and_a_weighted_one_w_times_as_mu
             for weight in (1.0, 1.7, 0.0):
                 logp_BT = torch.tensor([[logp]], requires_grad=True)
                 micro = {"old_logp": torch.tensor([[-1.0]]), "advantage": torch.tensor([[advantage * weight]])}
-                loss_BT, stats = grpo.policy_loss(logp_BT, micro, args)
-                loss_BT.sum().backward()
+                grpo.policy_loss(logp_BT, micro, args)[0].sum().backward()
                 grads.append(logp_BT.grad.item())
-                assert stats["ratio"].item() == pytest.approx(math.exp(logp + 1))
             assert grads[1] == pytest.approx(1.7 * grads[0]) and grads[2] == 0
+
+
+def test_rows_without_advantage_may_be_left_out_when_beta_is_0(architecture):
+    """The same gradient and the same statistics from fewer rows, for the denominators stay those of all rows."""
+    policy = make_policy(architecture)
+    batch = make_batch(policy, prompts=(2, 3))
+    flat = batch["group"] < 2                                           # two of five groups learn nothing
+    batch["advantage"][flat] = 0
+    seen, forward = [], policy.forward
+    policy.forward = lambda ids, mask: (seen.append(len(ids)), forward(ids, mask))[1]
+    for norm in ("sequence", "token", "constant"):
+        found = {}
+        for rule in ("keep", "drop"):
+            seen.clear()
+            stats = grpo.backward(policy, batch, flags("--beta", "0", "--loss-norm", norm, "--zero-advantage", rule))
+            found[rule] = (stats, gradients(policy), sum(seen))
+        assert found["drop"][2] == found["keep"][2] - int(flat.sum())
+        assert (found["keep"][1] - found["drop"][1]).norm() < 1e-6 * found["keep"][1].norm()
+        assert found["keep"][0] == pytest.approx(found["drop"][0], abs=1e-7)
+    with_kl = [(grpo.backward(policy, batch, flags("--beta", "1", "--zero-advantage", rule)), gradients(policy))[1] for rule in ("keep", "drop")]
+    assert not torch.allclose(*with_kl, rtol=1e-3)                      # the released code's rule drops their KL too
+
+
+def test_a_rank_without_rows_adds_nothing_and_does_not_stop_the_others(architecture):
+    policy = make_policy(architecture)
+    batch = make_batch(policy)
+    empty = grpo.take(batch, torch.zeros(len(batch["ids"]), dtype=torch.bool))
+    logp_BT, entropy_BT, mean_h_BH = policy(empty["ids"], empty["mask"])
+    assert len(logp_BT) == len(entropy_BT) == len(mean_h_BH) == 0 and logp_BT.requires_grad
+    logp_BT.sum().backward()
+    assert not gradients(policy).any()
+
+
+def test_no_tensor_of_tokens_times_vocabulary_exists():
+    """Peak memory of forward and backward with a vocabulary of 40,000 and 8,000 tokens: far below one fp32 logit each."""
+    code = """
+import resource, sys, torch
+sys.path[:0] = ["tests"]
+import grpo
+from conftest import tiny_model
+policy = grpo.Policy(tiny_model("qwen2", vocab=40000, positions=4096), 40000, [0])
+ids = torch.randint(1, 40000, (8, int(sys.argv[1])))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+policy(ids, torch.arange(ids.shape[1])[None].expand(8, -1) > 0)[0].sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+"""
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+    short, long = (float(subprocess.run([sys.executable, "-c", code, str(n)], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+                   for n in (500, 1000))
+    assert long < 8 * 1000 * 40000 * 4 / 2**30                           # 1.2 GiB: the logits alone, in fp32
+    assert long - short < 0.5 * 8 * 500 * 40000 * 4 / 2**30              # what 4,000 more tokens' logits would take

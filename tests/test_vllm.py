@@ -19,6 +19,7 @@ import data
 import grpo
 import sft
 from conftest import ROOT
+from test_ranks import torchrun
 from test_runs import ALGORITHMS, SHORT, mean_accuracy, metrics, run
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vllm is not installed")]
@@ -180,6 +181,14 @@ def test_three_steps_with_the_canary_on(name, toy, tmp_path):
     assert {k for k in lines[0] if k.startswith("eval/")} == {k for k in lines[3] if k.startswith("eval/")} and 0 < mean_accuracy(lines[3])
     start = AutoModelForCausalLM.from_pretrained(toy)
     assert all((a != b).any() for a, b in zip(AutoModelForCausalLM.from_pretrained(out / "checkpoint").parameters(), start.parameters()))
+
+
+def test_two_ranks_with_an_engine_each(toy, tmp_path):
+    out = tmp_path / "run"
+    done = torchrun(2, "grpo.py", *ENGINE, "--steps", 3, "--eval-samples", 1, "--out", out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = metrics(out)
+    assert len(lines) == 4 and all(line["mismatch/max"] < 1e-4 for line in lines[1:]) and "2 rank(s)" in done.stdout
 
 
 def test_kill_9_and_resume_repeat_the_rows_and_the_seeds(toy, tmp_path):
