@@ -360,7 +360,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         results = []
         for name in args.model:  # a process each: nothing of one shape stays in the next one's memory
             with tempfile.NamedTemporaryFile(suffix=".json") as file:
-                own = [x for x in (argv if argv is not None else sys.argv[1:]) if x not in args.model and x not in ("--model", "speed")]
+                dropped = {*args.model, "--model", "speed", *(["--loop"] if results else [])}  # the loop: of the first shape
+                own = [x for x in (argv if argv is not None else sys.argv[1:]) if x not in dropped]
                 done = subprocess.run([sys.executable, __file__, "speed", "--model", name, *own, "--json", file.name])
                 if done.returncode:
                     raise UserError(f"{name} did not run (see above)")

@@ -12,6 +12,7 @@ Sources (`--data`, several allowed): a .jsonl file, a folder of them, `toy`, `hu
 """
 import argparse
 import contextlib
+import copy
 import functools
 import gzip
 import hashlib
@@ -315,7 +316,7 @@ def save_model(folder: Path, model, tokenizer, tensors, shard_bytes: int = 4 << 
     for name, tensor in tensors:
         if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard_bytes:
             flush()
-        held[name] = tensor.cpu().contiguous()
+        held[name], held_dtype = tensor.cpu().contiguous(), tensor.dtype
         where[name] = (len(shards), tensor.nbytes)
     flush()
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
@@ -326,7 +327,9 @@ def save_model(folder: Path, model, tokenizer, tensors, shard_bytes: int = 4 << 
         index = {"metadata": {"total_size": sum(size for _, size in where.values())},
                  "weight_map": {name: names[i] for name, (i, _) in where.items()}}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], held_dtype
+    config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

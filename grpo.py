@@ -529,7 +529,7 @@ def main(argv: list[str] | None = None) -> Path:
     reference = copy.deepcopy(policy).requires_grad_(False) if args.beta else None
     ranks.place(policy, args)
     if reference:
-        ranks.place(reference.bfloat16() if policy.bf16 else reference, args)
+        ranks.place(reference.bfloat16() if policy.bf16 and policy.sharded else reference, args)
     canary = [i for row in train_rows[:64] for i in row["ids"]][:min(64, args.max_prompt_tokens)]
     policy.engine, which = open_engine(name, policy, canary, args)
     if args.is_correction == "auto":

@@ -2,6 +2,7 @@
 
 `torchrun --nproc_per_node 8 grpo.py …` and `python grpo.py …` run the same lines; the latter is a group of one.
 """
+import atexit
 import os
 import sys
 from functools import partial
@@ -28,6 +29,7 @@ def start() -> None:
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **alone)
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())  # else its threads abort the exit
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
 

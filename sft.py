@@ -16,9 +16,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import data
+import ranks
 from data import UserError, rng
 from grpo import Policy, load_policy, micro_batches, take
-from ranks import save_checkpoint
 
 TOY_MODEL = {"n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": 64, "initializer_range": 0.08, "resid_pdrop": 0.0,
              "activation_function": "gelu_pytorch_tanh",  # gelu_new in one kernel
@@ -108,9 +108,10 @@ def train_toy(out: Path, tokenizer, rows: list[dict]) -> None:
         config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, **TOY_MODEL)
         policy = Policy(GPT2LMHeadModel(config), len(tokenizer), [eos])
     settings = {k: TOY_TRAINING[k] for k in ("steps", "batch_rows", "lr", "warmup_steps", "seed")}
-    optimizer = train(policy, tokenizer, rows, budget=4096, limit=TOY_MODEL["n_positions"], **settings)
+    train(policy, tokenizer, rows, budget=4096, limit=TOY_MODEL["n_positions"], **settings)
     out.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(out, TOY_TRAINING["steps"], policy, tokenizer, optimizer, {})
+    data.save_folder(out / "checkpoint", "toy", lambda folder: data.save_model(
+        folder, policy.model, tokenizer, policy.weights(torch.float32, cut=False)))
 
 
 def parse_args(argv: list[str] | None = None):
@@ -133,6 +134,7 @@ def main(argv: list[str] | None = None) -> str:
         folder = build_toy()
         print(f"toy model: {folder}")
         return folder
+    ranks.start()
     tokenizer, policy = load_policy(data.resolve_model(args.model), args.dtype)
     policy.to(policy.device)
     rows = data.load_rows(args.data)
@@ -146,7 +148,7 @@ def main(argv: list[str] | None = None) -> str:
     print(f"sft · {args.model} · {len(rows)} rows · {steps} updates of {args.batch_rows} rows · {out}")
     optimizer = train(policy, tokenizer, rows, steps, args.batch_rows, args.lr, args.warmup_steps, args.seed,
                       args.micro_batch_tokens, args.max_tokens, weight_decay=args.weight_decay)
-    save_checkpoint(out, steps, policy, tokenizer, optimizer, {})
+    ranks.save_checkpoint(out, steps, policy, tokenizer, optimizer, {})
     print(f"model {out / 'checkpoint'}")
     return str(out / "checkpoint")
 

@@ -56,7 +56,7 @@ def test_ranks_give_one_ranks_numbers(name, count, alone, tmp_path):
     for k in off:
         if k.endswith("c_attn.bias"):                                   # a key's bias has no gradient but rounding: Adam
             off[k][128:256] = 0                                         # takes its sign
-    assert one.keys() == many.keys() and max(x.max() for x in off.values()) < 1e-5
+    assert one.keys() == many.keys() and max(x.max() for x in off.values()) < 5e-5
 
 
 @pytest.mark.slow
@@ -159,6 +159,8 @@ def test_a_saved_model_is_what_transformers_opens(architecture, shard_bytes, tmp
     files = sorted(p.name for p in tmp_path.glob("model*"))
     assert files == ["model.safetensors"] if shard_bytes == 10**9 else len(files) > 3
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())         # vLLM finds a model by its architectures
+    assert config["architectures"] == [type(policy.model).__name__] and config["dtype"] == "float32"
     assert all(torch.equal(a, b) for a, b in zip(policy.model.parameters(), again.parameters(), strict=True))
     if architecture == "gpt2":  # transformers reads a foreign tokenizer beside a Qwen config as Qwen's
         assert AutoTokenizer.from_pretrained(tmp_path)("poem on cat").input_ids == sft.toy_tokenizer()("poem on cat").input_ids
