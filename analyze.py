@@ -53,8 +53,8 @@ def step_metrics(seconds: dict, whole: dict, stats: list[dict], per_token: list[
     if log_ref:
         found["kl"] = (log_ref[0].exp() - log_ref[0] - 1).mean()
     tokens = int(whole["tokens"].sum())
-    return {**{f"seconds/{k}": v for k, v in seconds.items()}, "tokens": tokens,
-            "tokens_per_s": tokens / seconds["rollout"], **domain_metrics(whole), **mean_stats(stats),
+    return {**mean_stats(stats), **{f"seconds/{k}": v for k, v in seconds.items()}, "tokens": tokens,
+            "tokens_per_s": tokens / seconds["rollout"], **domain_metrics(whole),
             **{name: value.item() for name, value in found.items()}}
 
 

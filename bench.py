@@ -70,9 +70,11 @@ def activation_bytes(config, tokens: int, checkpointed: bool) -> int:
 
 def memory(config, flags: dict) -> dict[str, float]:
     """GB (2^30 bytes, as device makers count) a rank, by part. flags: ranks, algorithm, optim, beta, checkpoint_activations, cpu_offload, engine,
-    engine_memory, device_gb, micro_batch_tokens, domains."""
+    engine_memory, device_gb, micro_batch_tokens, rollout_tokens, domains."""
     n, R = count_parameters(config), flags["ranks"]
-    on_device = 0 if flags["cpu_offload"] else 1
+    on_device, hf = 0 if flags["cpu_offload"] else 1, flags["engine"] == "hf"  # auto: vllm, on such devices
+    heads = config.num_attention_heads
+    kv_width = config.hidden_size // heads * getattr(config, "num_key_value_heads", heads)
     state = {"adamw": 8, "adamw8bit": 2.1}[flags["optim"]]              # two moments; 8 bits and their scales
     parts = {
         "parameters (fp32)": on_device * 4 * n["all"] / R,
@@ -84,8 +86,10 @@ def memory(config, flags: dict) -> dict[str, float]:
         "gradient copies (pcgrad)": on_device * flags["domains"] * 4 * n["all"] / R if flags["algorithm"] == "pcgrad" else 0,
         "teacher (opd)": 2 * n["all"] / R if flags["algorithm"] == "opd" else 0,
         "activations": activation_bytes(config, flags["micro_batch_tokens"], flags["checkpoint_activations"]),
-        "engine: weights (bf16)": 2 * n["all"],
-        "engine: KV cache": flags["engine_memory"] * flags["device_gb"] * 2**30 if flags["engine"] == "vllm" else 0}
+        "hf sampler's copy (bf16)": 2 * n["all"] if hf else 0,
+        "engine: weights (bf16)": 0 if hf else 2 * n["all"],
+        "engine: KV cache": 4 * flags["rollout_tokens"] * config.num_hidden_layers * kv_width if hf else (
+            flags["engine_memory"] * flags["device_gb"] * 2**30)}
     return {name: size / 2**30 for name, size in parts.items()}
 
 
@@ -100,7 +104,7 @@ def phases(parts: dict[str, float]) -> dict[str, float]:
 def fit(args) -> dict:
     config = config_of(args.model[0])
     flags = {k: getattr(args, k) for k in ("ranks", "algorithm", "optim", "beta", "checkpoint_activations", "cpu_offload",
-                                           "engine", "engine_memory", "device_gb", "micro_batch_tokens", "domains")}
+                                           "engine", "engine_memory", "device_gb", "micro_batch_tokens", "rollout_tokens", "domains")}
     parts = memory(config, flags)
     print(f"{args.model[0]}: {count_parameters(config)['all'] / 1e9:.2f} B parameters, {args.ranks} rank(s), {args.algorithm}, "
           f"{args.device_gb:g} GB a device\n")
@@ -323,7 +327,7 @@ def parse_args(argv: list[str] | None = None):
     add("--domains", type=int, default=5, help="fit: gradient copies of pcgrad")
     add("--beta", type=float, default=0.001, help="0: no reference model")
     data.add_flags(parser, "--micro-batch-tokens", "--dtype", "--optim", "--checkpoint-activations", "--cpu-offload", "--engine",
-                   "--engine-memory", "--threads")
+                   "--engine-memory", "--rollout-tokens", "--threads")
     args = parser.parse_args(argv)
     if args.repeats < 1 or args.ranks < 1:
         parser.error("--repeats and --ranks: must be positive")

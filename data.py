@@ -188,6 +188,11 @@ def load_model(name: str):
         for child, layer in module.named_children():
             if type(layer).__name__ == "NewGELUActivation":  # GPT-2's, eight operations: the same function in one kernel
                 setattr(module, child, torch.nn.GELU("tanh"))
+    odd = {name for name, _ in model.named_buffers()} & set(model.state_dict())
+    odd |= {name for name, p in model.named_parameters() if p.ndim > 2 or ".experts." in name}
+    if odd:
+        raise UserError(f"--model {name}: it keeps {sorted(odd)[0]}, a buffer or a stack of experts, which checkpoints and "
+                        "vLLM know by other names: only dense models whose weights are all parameters are supported")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(f"--model {name}: its tokenizer has {len(tokenizer)} ids, its embedding fewer")
     stop = model.generation_config.eos_token_id
@@ -338,6 +343,16 @@ def fingerprint(tensor) -> int:
     """The sum of a tensor's bit patterns: exact, and the same however it is fused with others, transposed, padded."""
     bits = tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
     return sum(int(part.sum(dtype=torch.int64)) for part in bits.flatten().split(2**24))
+
+
+def wrong_weights(tensors, sent: dict, held: dict) -> list[str]:
+    """Names whose fingerprint is not that of `tensors` (name, tensor): as sent {name: fingerprint}, or as read back from
+    the engine {(names that it fused): fingerprint}. Engine tensors with names of their own are left to the canary."""
+    ours = {name: fingerprint(tensor) for name, tensor in tensors}
+    read = {names: found for names, found in held.items() if ours.keys() >= set(names)}
+    return [name for name in ours if sent.get(name) != ours[name]] + [
+        names[0] for names, found in read.items() if sum(map(ours.get, names)) != found] + (
+        [] if read else ["(none could be read back)"])
 
 
 def read_jsonl(path: Path, upto: int) -> list[dict]:

@@ -91,7 +91,7 @@ def load_policy(name: str, dtype: str):
     with torch.no_grad():  # the chunked head against the model's own forward pass
         ours_T = policy.own_logp(ids_BT[0].tolist())
         own_TV = model(ids_BT).logits[0, :-1, :policy.vocab].log_softmax(-1)
-    policy.bf16 = dtype == "bfloat16" or dtype == "auto" and policy.device.type == "cuda"
+    policy.bf16 = dtype == "bfloat16" or dtype == "auto" and torch.cuda.is_available()
     if not torch.allclose(own_TV.gather(-1, ids_BT[0, 1:, None])[:, 0], ours_T, atol=1e-3):
         raise UserError(f"--model {name}: its logits are not its output head times its last hidden state (soft-capped "
                         "or scaled, as in Gemma 2 and Granite); this file's log-probs would be wrong")
@@ -166,7 +166,6 @@ def generate(policy, prompts_P: list[list[int]], uniform_BT, temperature: float)
 class Engine:  # the vLLM block: no line outside it knows vLLM
     """vLLM in this process. Born with random weights: all it has comes through sync_weights. Its vocabulary is cut to
     the tokenizer's, so that no other id can be sampled. Raises UserError."""
-
     def __init__(self, name: str, policy, canary: list[int], args):
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
@@ -182,9 +181,8 @@ class Engine:  # the vLLM block: no line outside it knows vLLM
                 logprobs_mode="processed_logprobs", skip_tokenizer_init=True,
                 distributed_executor_backend="external_launcher" if "RANK" in os.environ else None)  # its own GPU
         except Exception as error:
-            why = "README says how to install it" if isinstance(error, ImportError) else (
-                f"what it takes is set by --engine-memory {args.engine_memory}, --max-prompt-tokens, --max-new-tokens")
-            raise UserError(f"vllm did not start: {str(error).strip().splitlines()[0]}; {why}") from error
+            raise UserError(f"vllm did not start: {str(error).strip().splitlines()[0]}; README says how to install it, "
+                            f"and --engine-memory {args.engine_memory} sets what its cache takes") from error
 
     @torch.no_grad()
     def sync_weights(self, policy, spoiled: bool = False) -> None:
@@ -205,21 +203,23 @@ class Engine:  # the vLLM block: no line outside it knows vLLM
                     parts = tuple(name.replace(f".{m}.", f".{part}.") for part in fused.get(m, [m]))
                     held[parts] = fingerprint(p.to(self.dtype))
         self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream()})
-        self.llm.apply_model(arrived)
+        try:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": (tensors := stream())})
+            self.llm.apply_model(arrived)
+        except Exception as error:
+            sum(0 for _ in tensors)  # the other ranks gather them with this one
+            raise UserError(f"vllm does not take this model's weights: {str(error)[:200]}") from error
         self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
-        ours = {name: fingerprint(tensor) for name, tensor in policy.weights(self.dtype)}
-        wrong = [name for name in ours if sent.get(name) != ours[name]] + [
-            parts[0] for parts, f in held.items() if ours.keys() >= set(parts) and sum(map(ours.get, parts)) != f]
-        out = self.llm.generate({"prompt_token_ids": self.canary}, self.params(max_tokens=1, prompt_logprobs=0),
-                                use_tqdm=False)[0].prompt_logprobs
-        theirs_T = torch.tensor([out[t][i].logprob for t, i in enumerate(self.canary) if t])
+        wrong = data.wrong_weights(policy.weights(self.dtype), sent, held)
+        out, = self.llm.generate({"prompt_token_ids": self.canary}, self.params(max_tokens=1, prompt_logprobs=0),
+                                 use_tqdm=False)
+        theirs_T = torch.tensor([out.prompt_logprobs[t][i].logprob for t, i in enumerate(self.canary) if t])
         off = (policy.own_logp(self.canary) - theirs_T).abs().mean().item()
-        if wrong or not off <= self.tolerance:
-            raise UserError(f"vllm does not hold the trainer's weights: {len(wrong)} wrong tensors {wrong[:2]}; the "
-                            f"canary is off by {off:.2g} nats a token ({self.dtype}: at most {self.tolerance:g})")
-        self.synced = policy.updates
+        if spoiled and off <= self.tolerance or not spoiled and (wrong or not off <= self.tolerance):
+            raise UserError(f"vllm does not hold the {'spoiled' if spoiled else 'right'} weights: {len(wrong)} wrong "
+                            f"tensors {wrong[:2]}; the canary is off by {off:.2g} nats (at most {self.tolerance:g})")
+        self.synced = None if spoiled else policy.updates
 
     def generate(self, policy, prompts_P, keys_P, group: int, temperature: float, max_tokens: int) -> list[tuple]:
         """As respond(). Sample j of a prompt is drawn with seed + j, so the seeds are hashed far apart."""
@@ -236,20 +236,23 @@ class Engine:  # the vLLM block: no line outside it knows vLLM
 
 
 def open_engine(name: str, policy, canary: list[int], args):
-    """(the sampler's Engine, or None for the hf loop; which, and why). Shows first that the canary can fire."""
+    """(the sampler's Engine, or None for the hf loop; which, and why), the same on every rank. The canary is first
+    shown to fire on shuffled embeddings, and to be quiet on the right ones."""
     if args.engine == "hf":
         return None, "hf"
-    try:
-        engine = Engine(name, policy, canary, args)
+    engine, steps = [], (lambda: engine.append(Engine(name, policy, canary, args)),
+                         lambda: engine[0].sync_weights(policy, spoiled=True), lambda: engine[0].sync_weights(policy))
+    for step in steps:
         try:
-            engine.sync_weights(policy, spoiled=True)
-        except UserError:
-            return engine, "vllm"
-        raise UserError("the canary is blind: shuffled embeddings moved its log-probs by less than the tolerance")
-    except UserError as error:
-        if args.engine != "auto":
-            raise
-        return None, f"hf ({error})"
+            why = step() or ""
+        except UserError as error:
+            why = str(error)
+        why = next(filter(None, ranks.gather(why)), "")
+        if why and args.engine == "auto":
+            return None, f"hf ({why})"
+        if why:
+            raise UserError(why)
+    return engine[0], "vllm"
 
 
 def respond(policy, prompts_P: list[list[int]], keys_P: list[tuple], group: int, temperature: float, args):
@@ -316,12 +319,13 @@ def evaluate(policy, tokenizer, rows: list[dict], args) -> dict[str, float]:
 # ---------------- SHARED: log-probs ----------------
 class Policy(torch.nn.Module):
     """A causal LM whose forward gives the response's log-probs; vocabulary-sized logits exist only in chunks."""
+    CHUNK = 2**26  # logits at a time
 
     def __init__(self, model, vocab: int, stop_ids: list[int], bf16: bool = False, temperature: float = 1.0):
         super().__init__()
         self.model, self.vocab, self.stop_ids, self.bf16, self.temperature = model, vocab, stop_ids, bf16, temperature
         self.engine, self.sampler, self.sharded, self.updates = None, [], False, 0  # updates: optimizer steps made
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else model.device
+        self.device = model.device  # ranks.place() moves both
 
     def autocast(self):
         """bf16 compute on fp32 master weights."""
@@ -329,7 +333,8 @@ class Policy(torch.nn.Module):
 
     def weights(self, dtype, cut: bool = True):
         """(name, tensor) of whole parameters as checkpoints name them, tied ones once; embeddings cut to self.vocab."""
-        embeddings = [self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight]
+        head = self.model.get_output_embeddings()
+        embeddings = [self.model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
         for name, p in self.model.named_parameters():
             whole = ranks.whole(p)
             yield name, (whole[:self.vocab] if cut and any(p is e for e in embeddings) else whole).detach().to(dtype)
@@ -340,7 +345,8 @@ class Policy(torch.nn.Module):
         lengths, so that collectives while sampling would wait for ever."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         if not self.sampler:  # in a list: not a submodule
-            self.sampler.append(AutoModelForCausalLM.from_config(self.model.config, dtype=dtype).to(self.device).eval())
+            with self.device:
+                self.sampler.append(AutoModelForCausalLM.from_config(self.model.config, dtype=dtype).eval())
         for p, (_, tensor) in zip(self.sampler[0].parameters(), self.weights(dtype, cut=False)):
             p.copy_(tensor)
 
@@ -371,7 +377,7 @@ class Policy(torch.nn.Module):
             hidden_BTH = self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
         where = mask_BT[:, 1:]
         hidden_NH, target_N = hidden_BTH[:, :-1][where], ids_BT[:, 1:][where]
-        T, chunk = temperature or self.temperature, max(1, 2**26 // self.vocab)
+        T, chunk = temperature or self.temperature, max(1, self.CHUNK // self.vocab)
         again = torch.is_grad_enabled() and len(hidden_NH) > chunk  # one chunk may keep its logits
         parts = [checkpoint(self.head, h, y, T, use_reentrant=False) if again else self.head(h, y, T)
                  for h, y in zip(hidden_NH.split(chunk), target_N.split(chunk))]
@@ -380,7 +386,7 @@ class Policy(torch.nn.Module):
             values_BT = values_N.new_zeros(ids_BT.shape)
             values_BT[:, 1:][where] = values_N
             found.append(values_BT)
-        mean_h_BH = (hidden_BTH * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)
+        mean_h_BH = (hidden_BTH * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True).clamp(min=1)
         return (*found, mean_h_BH) if B else tuple(value[:0].clone() for value in (*found, mean_h_BH))
 
 
@@ -423,7 +429,7 @@ def importance_weights(batch: Batch, args) -> torch.Tensor:
     """[B, T]: the weight of each token's policy gradient, by w = π_old/π_sampler: w, but 0 outside [0.5, 2] (mask:
     M2RL's masked importance sampling); w, at most 2 (truncate: its scripts); 1 (none: hf samples from π_old)."""
     w_BT = torch.exp((batch["old_logp"] - batch["sampler_logp"]) * batch["mask"])
-    return {"mask": w_BT * ((w_BT >= 0.5) & (w_BT <= 2.0)), "truncate": w_BT.clamp(max=2.0),
+    return {"mask": torch.where((w_BT >= 0.5) & (w_BT <= 2.0), w_BT, 0.0), "truncate": w_BT.clamp(max=2.0),
             "none": torch.ones_like(w_BT)}[args.is_correction]
 
 
@@ -529,14 +535,14 @@ def main(argv: list[str] | None = None) -> Path:
     reference = copy.deepcopy(policy).requires_grad_(False) if args.beta else None
     ranks.place(policy, args)
     if reference:
-        ranks.place(reference.bfloat16() if policy.bf16 and policy.sharded else reference, args)
+        ranks.place(reference, args, frozen=True)
     canary = [i for row in train_rows[:64] for i in row["ids"]][:min(64, args.max_prompt_tokens)]
     policy.engine, which = open_engine(name, policy, canary, args)
+    out = ranks.gather(data.open_run(args, ALGORITHM) if ranks.mine() == 0 else None)[0]
     if args.is_correction == "auto":
         args.is_correction = "mask" if policy.engine else "none"
     if args.zero_advantage == "auto":
         args.zero_advantage = "keep" if args.beta else "drop"
-    out = ranks.gather(data.open_run(args, ALGORITHM) if ranks.mine() == 0 else None)[0]
     optimizer = ranks.make_optimizer(policy, args)
     state = init_state(args, policy)
     resumes = args.resume and (out / "checkpoint").exists()
@@ -567,6 +573,7 @@ def main(argv: list[str] | None = None) -> Path:
                 lr = args.lr * min(1.0, done / max(1, args.warmup_steps))
                 stats.append(update(policy, optimizer, take(batch, mine), lr, (*key, m), state, args))
         seconds["update"] = time.perf_counter() - clock - seconds["logprobs"]
+        seconds = dict(zip(seconds, ranks.reduce(list(seconds.values()), "max")))
         line = {"step": step, **analyze.step_metrics(seconds, whole, stats, per_token)}
         if step == steps or args.eval_every and step % args.eval_every == 0:
             line |= evaluate(policy, tokenizer, eval_rows, args)

@@ -50,6 +50,10 @@ def gather(value) -> list:
     return found
 
 
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def mine() -> int:
     return dist.get_rank()
 
@@ -63,13 +67,16 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def place(policy, args):
+def place(policy, args, frozen: bool = False):
     """The policy on its device, in FSDP2 shards: fp32 masters, gathered block by block in the compute dtype. A lone CPU
     process has nothing to shard and keeps it whole."""
     blocks = [m for m in policy.model.modules() if type(m).__name__ in (policy.model._no_split_modules or ())]
     for block in blocks if args.checkpoint_activations else ():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    policy.device = device()
     policy.sharded = policy.device.type == "cuda" or "RANK" in os.environ
+    for p in policy.parameters() if frozen and policy.bf16 and policy.sharded else ():
+        p.data = p.data.bfloat16()  # not the buffers: rotary frequencies in bf16 drift with the position
     if args.cpu_offload and policy.device.type != "cuda":
         raise UserError("--cpu-offload: there is no GPU to offload from")
     for module in [*blocks, policy] if policy.sharded else ():

@@ -136,6 +136,7 @@ def main(argv: list[str] | None = None) -> str:
         return folder
     ranks.start()
     tokenizer, policy = load_policy(data.resolve_model(args.model), args.dtype)
+    policy.device = ranks.device()
     policy.to(policy.device)
     rows = data.load_rows(args.data)
     for row in rows:

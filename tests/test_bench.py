@@ -13,7 +13,7 @@ import data
 
 def flags(**changed):
     return {"ranks": 1, "algorithm": "grpo", "optim": "adamw", "beta": 0.001, "checkpoint_activations": False, "cpu_offload": False,
-            "engine": "vllm", "engine_memory": 0.2, "device_gb": 80, "micro_batch_tokens": 4096, "domains": 5} | changed
+            "engine": "vllm", "engine_memory": 0.2, "device_gb": 80, "micro_batch_tokens": 4096, "rollout_tokens": 524288, "domains": 5} | changed
 
 
 def test_published_parameter_counts():
@@ -32,6 +32,11 @@ def test_memory_by_hand():
     eight = bench.memory(bench.config_of("qwen2.5-7b"), flags(ranks=8, beta=0, algorithm="pcgrad"))
     assert eight["optimizer"] == pytest.approx(n, rel=1e-3) and eight["reference (bf16)"] == eight["φ_0 (cgpo)"] == 0
     assert eight["gradient copies (pcgrad)"] == pytest.approx(2.5 * n, rel=1e-3)
+    assert parts["engine: weights (bf16)"] == pytest.approx(2 * n, rel=1e-3) and parts["hf sampler's copy (bf16)"] == 0
+    hf = bench.memory(bench.config_of("qwen2.5-7b"), flags(engine="hf"))
+    assert hf["engine: KV cache"] == 524288 * 2 * 2 * 28 * 4 * 128 / 2**30 and hf["engine: weights (bf16)"] == 0
+    assert bench.phases(hf)["update"] - bench.phases(bench.memory(bench.config_of("qwen2.5-7b"), flags()))["update"] == (
+        pytest.approx(2 * n, rel=1e-3))                                 # its sampler's copy of the weights does not sleep
     offloaded = bench.memory(bench.config_of("qwen2.5-7b"), flags(cpu_offload=True))
     assert offloaded["parameters (fp32)"] == offloaded["optimizer"] == 0 < offloaded["engine: weights (bf16)"]
 

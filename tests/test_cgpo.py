@@ -152,3 +152,11 @@ def test_nothing_in_the_batch_is_mutated():
     before = {k: v.clone() for k, v in batch.items()}
     cgpo.update(policy, torch.optim.AdamW(policy.parameters(), 1e-3), batch, 1e-3, (0, 1, 0), {}, flags())
     assert batch.keys() == before.keys() and all(torch.equal(batch[k], before[k]) for k in before)
+
+
+def test_a_domain_without_gradient_has_no_cosine():
+    policy = make_policy()
+    batch = make_batch(policy, prompts=(2, 2, 2))
+    batch["advantage"][batch["domain"] == 1] = 0
+    found = cgpo.domain_cosines(policy, batch, flags())
+    assert list(found) == ["cosine/math-science"] and -1 <= found["cosine/math-science"] <= 1

@@ -210,3 +210,14 @@ def test_toy_demonstrations_mix_habits_and_good_ones():
     assert 0.06 < sum(not s.valid for s in found) / 7000 < 0.11
     assert all(s.correct for s, r in zip(found, rows) if r["response"] == r["good"])
     assert max(r["prompt"].count(" ") for r in rows) < 8
+
+
+def test_models_that_checkpoints_know_by_other_names_are_refused(tmp_path):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    import sft
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=1, num_experts=4,
+                                       num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=300)).save_pretrained(tmp_path)
+    sft.toy_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(data.UserError, match="only dense models"):
+        data.load_model(str(tmp_path))

@@ -196,6 +196,8 @@ def test_micro_batches_keep_the_budget_and_every_line():
 def test_importance_sampling_correction_by_hand():
     """Ratios 1, 3, 0.4, 1.5 of π_old to π_sampler; the last column is padding."""
     w = torch.tensor([[1.0, 3.0, 0.4, 1.5, 9.0]])
+    far = {"old_logp": torch.tensor([[-1.0]]), "sampler_logp": torch.tensor([[-95.0]]), "mask": torch.tensor([[True]])}
+    assert grpo.importance_weights(far, flags("--is-correction", "mask")).item() == 0  # not inf · 0
     batch = {"old_logp": w.log(), "sampler_logp": torch.zeros(1, 5), "mask": torch.tensor([[True] * 4 + [False]])}
     for kind, expected in (("mask", [1, 0, 0, 1.5]), ("truncate", [1, 2, 0.4, 1.5]), ("none", [1, 1, 1, 1])):
         weight_BT = grpo.importance_weights(batch, flags("--is-correction", kind))
@@ -259,6 +261,9 @@ def test_a_rank_without_rows_adds_nothing_and_does_not_stop_the_others(architect
     logp_BT, entropy_BT, mean_h_BH = policy(empty["ids"], empty["mask"])
     assert len(logp_BT) == len(entropy_BT) == len(mean_h_BH) == 0 and logp_BT.requires_grad
     logp_BT.sum().backward()
+    assert not gradients(policy).any()
+    blank = policy(empty["ids"], empty["mask"])[2]
+    blank.sum().backward()                                              # a loss on mean_h has no NaN in it either
     assert not gradients(policy).any()
 
 

@@ -75,14 +75,48 @@ def test_resume_on_another_number_of_ranks(first, then, alone, tmp_path):
 def test_flags_under_two_ranks(flags, toy, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     flags = (*FLAGS, "--steps", 2, *flags)
-    assert run("grpo.py", *flags, "--out", one).returncode == 0
-    done = torchrun(2, "grpo.py", *flags, "--out", two)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for count, out in ((1, one), (2, two)):
+        done = torchrun(count, "grpo.py", *flags, "--out", out)
+        assert done.returncode == 0, done.stderr[-3000:]
     if "bfloat16" in flags:                                             # sums in another order: other samples, soon
-        kl, other = (metrics(folder)[1]["grad_norm"] for folder in (one, two))
-        assert kl == pytest.approx(other, rel=0.1)
+        first, other = (metrics(folder)[1] for folder in (one, two))
+        assert first["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.1)
+        assert first["kl"] < 1e-6 and other["kl"] < 1e-6                # at the first step the reference is the policy
     else:
         assert_same_numbers(one, two)
+
+
+def test_a_bf16_reference_keeps_its_rotary_frequencies(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    policy = make_policy("qwen2", bf16=True)
+    ranks.place(policy, grpo.parse_args([]), frozen=True)
+    assert policy.sharded and {p.dtype for p in policy.parameters()} == {torch.bfloat16}
+    assert {b.dtype for name, b in policy.named_buffers() if "inv_freq" in name} == {torch.float32}
+    again = make_policy("qwen2")
+    policy.sync_sampler()
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(policy.sampler[0].parameters(), again.model.parameters()))
+
+
+def test_all_ranks_take_the_engine_that_every_rank_can(monkeypatch):
+    """auto: a failure on any rank is every rank's; an engine that does not hold the weights is as good as none."""
+    calls = []
+
+    class Fake:
+        def __init__(self, *_):
+            calls.append("start")
+
+        def sync_weights(self, policy, spoiled=False):
+            calls.append(spoiled)
+            if not spoiled:
+                raise data.UserError("the canary is off")
+    monkeypatch.setattr(grpo, "Engine", Fake)
+    assert grpo.open_engine("x", None, [], grpo.parse_args(["--engine", "auto"])) == (None, "hf (the canary is off)")
+    assert calls == ["start", True, False]
+    monkeypatch.setattr(ranks, "gather", lambda why: [why, "no memory there"])
+    calls.clear()
+    with pytest.raises(data.UserError, match="no memory there"):
+        grpo.open_engine("x", None, [], grpo.parse_args(["--engine", "vllm"]))
+    assert calls == ["start"]
 
 
 @pytest.mark.slow
@@ -100,6 +134,7 @@ from torch.distributed.tensor import DTensor
 ranks.start()
 args = grpo.parse_args(["--micro-batch-tokens", sys.argv[3], "--loss-norm", sys.argv[1]])
 policy = make_policy("qwen2")
+policy.CHUNK = int(sys.argv[5])
 batch = make_batch(policy, prompts=(2, 3))
 ranks.place(policy, args)
 mine = torch.isin(batch["group"], torch.tensor(json.loads(sys.argv[4])[ranks.mine()], dtype=torch.long))
@@ -115,10 +150,11 @@ if ranks.mine() == 0:
 def test_gradients_do_not_depend_on_ranks_or_on_who_has_which_rows(norm, tmp_path):
     """1e-6 of its norm, with micro-batches of any size, and with a rank that has no row at all."""
     results = []
-    for i, (count, budget, split) in enumerate([(1, 10**6, [[0, 1, 2, 3, 4]]), (2, 10**6, [[0, 2, 4], [1, 3]]),
-                                                (2, 12, [[0], [1, 2, 3, 4]]), (2, 30, [[0, 1, 2, 3, 4], []])]):
+    for i, (count, budget, split, chunk) in enumerate([
+            (1, 10**6, [[0, 1, 2, 3, 4]], 2**26), (2, 10**6, [[0, 2, 4], [1, 3]], 160),  # chunks of 4 tokens, recomputed
+            (2, 12, [[0], [1, 2, 3, 4]], 2**26), (2, 30, [[0, 1, 2, 3, 4], []], 2**26)]):
         file = tmp_path / f"{i}.pt"
-        done = torchrun(count, "--no-python", sys.executable, "-c", GRADIENTS, norm, file, budget, json.dumps(split))
+        done = torchrun(count, "--no-python", sys.executable, "-c", GRADIENTS, norm, file, budget, json.dumps(split), chunk)
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(torch.load(file))
     for other in results[1:]:

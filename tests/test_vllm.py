@@ -93,19 +93,22 @@ def probe(architecture: str, folder: str) -> dict:
     engine.llm.collective_rpc = send
     engine.sync_weights(policy)
     compare("after")
-    # one bit of one weight: no log-prob sees it
-    norm = next(p for name, p in policy.model.named_parameters() if "norm" in name or "ln_" in name)
-    engine.llm.collective_rpc = lambda *_, **__: None
-    with torch.no_grad():
-        norm[0] = torch.nextafter(norm[0], torch.tensor(9.0))
-    error("one bit", engine.sync_weights, policy)
-    # what vllm was given is right, what it kept is not
+    # vllm is given one bit of one weight that the trainer does not have: no log-prob sees it
 
     def garble(method, kwargs):
-        send(method, kwargs={"weights_iterator": ((n, t + 1e-6 if "norm.weight" in n or "ln_f.weight" in n else t)
-                                                  for n, t in kwargs["weights_iterator"])})
+        def flip(name, tensor):
+            if name == norm:
+                tensor = tensor.clone()
+                tensor[0] = torch.nextafter(tensor[0], torch.tensor(9.0))
+            return name, tensor
+        send(method, kwargs={"weights_iterator": (flip(*pair) for pair in kwargs["weights_iterator"])})
+    norm = next(name for name, _ in policy.model.named_parameters() if "norm" in name or "ln_" in name)
     engine.llm.collective_rpc = garble
-    error("kept", engine.sync_weights, policy)
+    error("one bit", engine.sync_weights, policy)
+    # and an engine that takes the weights of one tensor for granted
+    engine.llm.collective_rpc = lambda method, kwargs: send(method, kwargs={"weights_iterator": (
+        (n, t) for n, t in kwargs["weights_iterator"] if n != norm)})
+    error("left out", engine.sync_weights, policy)
     # two tensors of one shape change places on their way
     engine.llm.collective_rpc, honest = send, policy.weights
     names = [name for name, p in policy.model.named_parameters() if p.ndim == 2 and name.endswith("weight")]
@@ -126,7 +129,7 @@ def probe(architecture: str, folder: str) -> dict:
     return found
 
 
-@pytest.fixture(scope="module", params=["gpt2", "qwen2", "llama"])
+@pytest.fixture(scope="module", params=["gpt2", "qwen2", "qwen3", "llama"])
 def probed(request, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp(request.param)
     code = f"import json, sys, test_vllm; json.dump(test_vllm.probe({request.param!r}, sys.argv[1]), open(sys.argv[2], 'w'))"
@@ -161,10 +164,11 @@ def test_the_engine_says_what_is_truncated_and_keeps_end_tokens(probed):
 def test_a_missed_or_wrong_sync_stops_the_run(probed):
     errors = probed["errors"]
     assert "after update 0, the trainer made 1" in errors["no sync"]
-    assert "does not hold the trainer's weights" in errors["skipped"] and "canary is off" in errors["skipped"]
-    assert "does not hold the trainer's weights" in errors["one bit"]
-    kept = re.search(r"(\d+) wrong tensors .*(norm|ln_f).* is off by (\S+) nats", errors["kept"])
-    assert int(kept[1]) > 0 and float(kept[3]) < 1e-4                   # the canary alone would have let it pass
+    skipped, bit = (re.search(r"not hold the right weights: (\d+) wrong tensors (.*); the canary is off by (\S+) nats", errors[name])
+                    for name in ("skipped", "one bit"))
+    assert int(skipped[1]) > 10 and float(skipped[3]) > 1e-2
+    assert int(bit[1]) == 1 and re.search("norm|ln_", bit[2]) and float(bit[3]) < 1e-4  # the canary would have let it pass
+    assert "wrong tensors" in errors["left out"] or "does not take" in errors["left out"]
     assert "2 wrong tensors" in errors["swapped"]
     assert errors["whole again"] == ""
 
