@@ -355,8 +355,9 @@ def test_a_missing_vllm_is_an_error_and_auto_says_why_it_takes_hf(toy, tmp_path,
     assert "README says how to install it" in fails(["--engine", "vllm", "--out", str(tmp_path / "run")], capsys)
     assert not (tmp_path / "run").exists()
     out = grpo.main(["--engine", "auto", "--steps", "1", "--eval-prompts", "0", "--out", str(tmp_path / "run")])
-    assert "engine hf (vllm did not start: " in capsys.readouterr().out
-    assert json.loads((out / "args.json").read_text())["is_correction"] == "none"
+    printed = capsys.readouterr().out
+    assert "engine hf (vllm did not start: " in printed and "; importance-sampling correction none" in printed
+    assert json.loads((out / "args.json").read_text())["is_correction"] == "auto"  # as given: --resume compares it
 
 
 def test_rows_that_nobody_can_judge_stop_the_run_before_it_samples(toy, tmp_path, capsys):
