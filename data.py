@@ -218,8 +218,9 @@ def from_pretrained(cls, name: str, **kwargs):
 FREE_FLAGS = {"out", "resume", "steps", "save_every", "eval_every", "threads", "wandb"}  # may change on --resume
 
 
-def open_run(args, algorithm: str) -> Path:
-    """The folder of this run, with args.json in it. Default: runs/<algorithm>-<model>-<hash of the flags>[-2, -3, …].
+def open_run(args, algorithm: str, write: bool = True) -> Path:
+    """The folder of this run, made with args.json in it (or, without `write`, only checked).
+    Default: runs/<algorithm>-<model>-<hash of the flags>[-2, -3, …].
 
     Two runs with different flags never share a folder: an existing one is only entered by --resume, with the same flags
     (except FREE_FLAGS). Raises UserError otherwise.
@@ -243,8 +244,9 @@ def open_run(args, algorithm: str) -> Path:
             raise UserError(f"{out} already holds this run: --resume continues it, another --out starts afresh")
     elif out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} exists, is not empty and holds no run: choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "args.json", json.dumps(vars(args) | {"algorithm": algorithm, "out": str(out)}, indent=1))
+    if write:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "args.json", json.dumps(vars(args) | {"algorithm": algorithm, "out": str(out)}, indent=1))
     return out
 
 

@@ -521,6 +521,7 @@ def main(argv: list[str] | None = None) -> Path:
         torch.set_num_threads(args.threads)
     name = data.toy_folder() if args.model == "toy" else data.resolve_model(args.model)
     ranks.start()
+    data.open_run(args, ALGORITHM, write=False)  # a folder that is taken is told before anything large is loaded
     tokenizer, policy = load_policy(name, args.dtype)
     policy.temperature = args.temperature
     context = getattr(policy.model.config, "max_position_embeddings", 1 << 30)

@@ -360,6 +360,11 @@ def test_a_missing_vllm_is_an_error_and_auto_says_why_it_takes_hf(toy, tmp_path,
     assert json.loads((out / "args.json").read_text())["is_correction"] == "auto"  # as given: --resume compares it
 
 
+def test_a_folder_that_is_taken_is_told_before_the_model_is_loaded(whole_run, capsys, monkeypatch):
+    monkeypatch.setattr(grpo, "load_policy", lambda *_: pytest.fail("loaded"))
+    assert "already holds this run" in fails([*map(str, SHORT), "--out", str(whole_run["grpo"])], capsys)
+
+
 def test_rows_that_nobody_can_judge_stop_the_run_before_it_samples(toy, tmp_path, capsys):
     rows = [{"domain": "writing", "prompt": "Write.", "reference": "x"}, {
         "domain": "if", "prompt": "Write.", "constraints": [{"id": "language:response_language"}]}]
