@@ -221,3 +221,14 @@ def test_models_that_checkpoints_know_by_other_names_are_refused(tmp_path):
     sft.toy_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(data.UserError, match="only dense models"):
         data.load_model(str(tmp_path))
+
+
+def test_an_end_token_outside_the_tokenizers_vocabulary_is_refused(tmp_path):
+    import sft
+    from conftest import tiny_model
+    model = tiny_model("gpt2", vocab=300)
+    model.generation_config.eos_token_id = [0, 299]
+    model.save_pretrained(tmp_path)
+    sft.toy_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(data.UserError, match="end token 299 is outside the tokenizer's"):
+        data.load_model(str(tmp_path))
