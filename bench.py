@@ -196,7 +196,7 @@ def speed(args) -> dict:
         prompts, group, prompt_tokens, new = (10, 8, 8, 48) if name == "peer" else (10, 2, 512, 1536) if (
             policy.device.type == "cuda") else (10, 2, 64, 64)
         if policy.sharded:
-            policy.sync_sampler()
+            ranks.sync_sampler(policy)
         ids_P = [[1 + (p * 7 + t) % 200 for t in range(prompt_tokens)] for p in range(prompts)]
         uniform = torch.rand(prompts * group, min(new, 64), generator=torch.Generator().manual_seed(0))
         sampled, sampled_s = uniform.numel(), clock(policy.device, lambda: grpo.generate(policy, ids_P, uniform, 1.0))
@@ -210,7 +210,7 @@ def speed(args) -> dict:
              "rows x tokens": f"{len(batch['ids'])} x {batch['ids'].shape[1]}", "rollout tokens/s": sampled / sampled_s}
 
     logprob_s = clock(policy.device, lambda: grpo.log_probs(policy, batch, flags))
-    batch["old_logp"], _ = grpo.log_probs(policy, batch, flags)
+    batch["old_logp"], _, batch["old_h"] = grpo.log_probs(policy, batch, flags)
     batch["ref_logp"] = batch["old_logp"]
     batch["advantage"] = grpo.advantages(batch, flags)
     optimizer = ranks.make_optimizer(policy, flags)
@@ -300,8 +300,8 @@ def peer_trl(args, tuned: bool) -> dict:
         started = time.perf_counter()
         batch, _, _, _ = grpo.rollout(policy, tokenizer, rows, group, (0, step), 1.0, flags)
         batch["reward"] = torch.from_numpy(draw.random(prompts * group))  # random weights earn nothing: an update needs a spread
-        batch["old_logp"], _ = grpo.log_probs(policy, batch, flags)
-        batch["ref_logp"], _ = grpo.log_probs(reference, batch, flags)
+        batch["old_logp"], _, batch["old_h"] = grpo.log_probs(policy, batch, flags)
+        batch["ref_logp"], _, _ = grpo.log_probs(reference, batch, flags)
         batch["advantage"] = grpo.advantages(batch, flags) * grpo.importance_weights(batch, flags)
         grpo.update(policy, optimizer, batch, 1e-5, (0, step, 0), {}, flags)
         seconds["ours"].append(time.perf_counter() - started)
@@ -313,7 +313,7 @@ def peer_trl(args, tuned: bool) -> dict:
 # ---------------- main ----------------
 
 def parse_args(argv: list[str] | None = None):
-    parser = data.Parser(__doc__)
+    parser = data.Parser(__doc__, "[speed|fit] ")
     add = parser.add_argument
     add("what", nargs="?", choices=["speed", "fit"], default="speed", help="what to measure or to compute")
     add("--model", nargs="+", default=["toy"], help=f"shapes: {' '.join(SHAPES)}; fit: also what --model takes elsewhere")

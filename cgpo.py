@@ -23,25 +23,24 @@ import copy
 import os
 import time
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 import analyze
 import data
 import ranks
 import rewards
-from data import DOMAINS, UserError, fingerprint, rng
+from data import DOMAINS, UserError, fingerprint, micro_batches, rng, take
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 ALGORITHM = Path(__file__).stem
-Batch = dict[str, torch.Tensor]  # every tensor has one line per sequence: [B] or [B, T]; never changed in place
+Batch = dict[str, torch.Tensor]  # one line per sequence: [B], [B, T] or [B, 1, H]; never changed in place
 
 
 # ---------------- SHARED: arguments ----------------
@@ -53,7 +52,7 @@ TOY = {"steps": 160, "batch_prompts": 20, "mini_batch_prompts": 20, "max_prompt_
 
 def parse_args(argv: list[str] | None = None):
     """Flags; the defaults are the CGPO paper's (sections 4.1 and C.4), and `--model toy` swaps in the toy's."""
-    parser = data.Parser(__doc__)
+    parser = data.Parser(__doc__, toy=TOY | ALGO_TOY)
     add = parser.add_argument
     add("--steps", type=int, default=0, help="rollout steps; 0: one epoch")
     add("--batch-prompts", type=int, default=128, help="prompts a step")
@@ -69,7 +68,7 @@ def parse_args(argv: list[str] | None = None):
     add("--zero-advantage", choices=["auto", "keep", "drop"], default="auto",
         help="rows without advantage: left out of the update's passes or not; auto: dropped when β = 0, which is exact")
     data.add_flags(parser, *data.FLAGS)
-    add_algo_arguments(parser)
+    add_algo_arguments(parser.add_argument_group("this algorithm's own flags"))
     args = parser.parse_args(argv)
     if args.model == "toy":
         parser.set_defaults(**(TOY | ALGO_TOY))
@@ -198,7 +197,7 @@ class Engine:  # the vLLM block: no line outside it knows vLLM
         sent and as held (where vLLM did not pack it away), and the log-probs of the canary."""
         sent, held = {}, {}
         def stream():
-            for name, tensor in policy.weights(self.dtype):
+            for name, tensor in ranks.weights(policy, self.dtype):
                 tensor = tensor.roll(1, 0) if spoiled and not sent else tensor  # same fingerprint: for the canary alone
                 sent[name] = fingerprint(tensor)
                 yield name, tensor
@@ -219,7 +218,7 @@ class Engine:  # the vLLM block: no line outside it knows vLLM
             raise UserError(f"vllm does not take this model's weights: {str(error)[:200]}") from error
         self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
-        wrong = data.wrong_weights(policy.weights(self.dtype), sent, held)
+        wrong = data.wrong_weights(ranks.weights(policy, self.dtype), sent, held)
         out, = self.llm.generate({"prompt_token_ids": self.canary}, self.params(max_tokens=1, prompt_logprobs=0),
                                  use_tqdm=False)
         theirs_T = torch.tensor([out.prompt_logprobs[t][i].logprob for t, i in enumerate(self.canary) if t])
@@ -287,7 +286,7 @@ def rollout(policy, tokenizer, rows_P: list[dict], group: int, key: tuple, tempe
     if policy.engine:
         policy.engine.sync_weights(policy)
     elif policy.sharded:
-        policy.sync_sampler()
+        ranks.sync_sampler(policy)
     clock.append(time.perf_counter())
     copies = Counter()
     keys_P = []
@@ -339,25 +338,6 @@ class Policy(torch.nn.Module):
         """bf16 compute on fp32 master weights."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def weights(self, dtype, cut: bool = True):
-        """(name, tensor) of whole parameters as checkpoints name them, tied ones once; embeddings cut to self.vocab."""
-        head = self.model.get_output_embeddings()
-        embeddings = [self.model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
-        for name, p in self.model.named_parameters():
-            whole = ranks.whole(p)
-            yield name, (whole[:self.vocab] if cut and any(p is e for e in embeddings) else whole).detach().to(dtype)
-
-    @torch.no_grad()
-    def sync_sampler(self) -> None:
-        """Copy the shards' whole weights into a model that the hf engine samples from: ranks finish at different
-        lengths, so that collectives while sampling would wait for ever."""
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        if not self.sampler:  # in a list: not a submodule
-            with self.device:
-                self.sampler.append(AutoModelForCausalLM.from_config(self.model.config, dtype=dtype).eval())
-        for p, (_, tensor) in zip(self.sampler[0].parameters(), self.weights(dtype, cut=False)):
-            p.copy_(tensor)
-
     def head(self, hidden_NH, target_N, temperature: float):
         """(log-prob of each target, entropy), over the tokenizer's ids only: a model may have more rows than that."""
         with self.autocast():
@@ -398,24 +378,6 @@ class Policy(torch.nn.Module):
         return (*found, mean_h_BH) if B else tuple(value[:0].clone() for value in (*found, mean_h_BH))
 
 
-def take(batch: Batch, index, device=None) -> Batch:
-    """Some lines of a batch (perhaps none), cut to their longest."""
-    length_B = batch["length"][index]
-    longest = int(length_B.max()) if len(length_B) else 2
-    return {k: (v[index][:, :longest] if v.ndim == 2 else v[index]).to(device or v.device) for k, v in batch.items()}
-
-
-def micro_batches(length_B, budget: int) -> list[torch.Tensor]:
-    """Line numbers, sorted by length, in pieces whose padded size is at most `budget` tokens (or one line)."""
-    pieces, piece = [], []
-    for i in length_B.argsort(stable=True).tolist():
-        if piece and (len(piece) + 1) * int(length_B[i]) > budget:
-            pieces.append(torch.tensor(piece))
-            piece = []
-        piece.append(i)
-    return [*pieces, torch.tensor(piece, dtype=torch.long)]
-
-
 def in_step(pieces: list[torch.Tensor]) -> list[torch.Tensor]:
     """As many pieces on every rank, for each is a round of collectives: a rank that has fewer adds empty ones."""
     most, = ranks.reduce([len(pieces)], "max")
@@ -424,13 +386,15 @@ def in_step(pieces: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def log_probs(policy, batch: Batch, args):
-    """(logp_BT, entropy_BT) of a whole batch, on the CPU."""
+    """(logp_BT, entropy_BT, mean_h_B1H) of a whole batch, on the CPU."""
     logp_BT, entropy_BT = torch.zeros(2, *batch["ids"].shape)
+    mean_h_BH = torch.zeros(len(batch["ids"]), policy.model.config.hidden_size)
     for index in in_step(micro_batches(batch["length"], args.micro_batch_tokens)):
         micro = take({k: batch[k] for k in ("ids", "mask", "length")}, index, policy.device)
-        for whole_BT, part_BT in zip((logp_BT, entropy_BT), policy(micro["ids"], micro["mask"])):
-            whole_BT[index, :part_BT.shape[1]] = part_BT.cpu().float()
-    return logp_BT, entropy_BT
+        *found, mean_h_BH[index] = (x.to(mean_h_BH) for x in policy(micro["ids"], micro["mask"]))
+        for whole_BT, part_BT in zip((logp_BT, entropy_BT), found):
+            whole_BT[index, :part_BT.shape[1]] = part_BT
+    return logp_BT, entropy_BT, mean_h_BH[:, None]
 
 
 def importance_weights(batch: Batch, args) -> torch.Tensor:
@@ -470,6 +434,11 @@ def policy_loss(logp_BT, micro: Batch, args):
     return -surrogate_BT + args.beta * (torch.exp(log_ratio_BT) - log_ratio_BT - 1), stats
 
 
+def moves_the_policy(batch: Batch) -> torch.Tensor:
+    """[B]: the rows whose gradient is not exactly 0 (where β = 0), those with an advantage."""
+    return (batch["advantage"] != 0).any(1)
+
+
 # ---------------- SHARED: backward ----------------
 def token_weights(batch: Batch, args) -> torch.Tensor:
     """w_BT with loss = Σ w·loss_BT. The denominators are counted here, over all rows given, on all ranks, before any
@@ -487,11 +456,11 @@ def backward(policy, batch: Batch, args) -> dict[str, float]:
     batch = batch | {"weight": token_weights(batch, args)}
     tokens, = ranks.reduce([int(batch["mask"].sum())])
     if args.zero_advantage == "drop":
-        batch = take(batch, (batch["advantage"] != 0).any(1))
+        batch = take(batch, moves_the_policy(batch))
     sums = Counter(loss=0.0)
     for index in in_step(micro_batches(batch["length"], args.micro_batch_tokens)):
         micro = take(batch, index, policy.device)
-        logp_BT, _, _ = policy(micro["ids"], micro["mask"])
+        logp_BT, _, micro["mean_h"] = policy(micro["ids"], micro["mask"])
         loss_BT, stats = policy_loss(logp_BT, micro, args)
         loss = (loss_BT * micro["weight"]).sum()
         (loss * ranks.count()).backward()  # FSDP2 takes the mean of the ranks' gradients
@@ -605,15 +574,14 @@ def main(argv: list[str] | None = None) -> Path:
     if not start:
         log.write({"step": 0} | evaluate(policy, tokenizer, eval_rows, args))
     started = time.perf_counter()
-    stream = islice(data.batches(train_rows, args.batch_prompts, mix, args.seed), start, steps)
-    for step, rows in enumerate(stream, start + 1):
+    for step, rows in enumerate(data.schedule(train_rows, mix, steps, args)[start:], start + 1):
         key = (args.seed, step)
         batch, whole, samples, seconds = rollout(policy, tokenizer, rows, args.group_size, key, args.temperature, args)
         clock = time.perf_counter()
-        batch["old_logp"], entropy_BT = log_probs(policy, batch, args)
+        batch["old_logp"], entropy_BT, batch["old_h"] = log_probs(policy, batch, args)
         per_token = {"log_w": batch["old_logp"] - batch["sampler_logp"], "entropy": entropy_BT}
         if reference:
-            batch["ref_logp"], _ = log_probs(reference, batch, args)
+            batch["ref_logp"], _, _ = log_probs(reference, batch, args)
             per_token["log_ref"] = batch["ref_logp"] - batch["old_logp"]
         per_token = ranks.gather({name: value_BT[batch["mask"]] for name, value_BT in per_token.items()})
         batch["advantage"] = advantages(batch, args) * importance_weights(batch, args)

@@ -9,6 +9,8 @@ A row is one JSON object: {"id", "domain", "prompt": str | [{"role", "content"},
 Optional: "response" (sft.py), "pass_rate". Generated rows may carry "gym" instead (reasoning-gym checks them).
 
 Sources (`--data`, several allowed): a .jsonl file, a folder of them, `toy`, `humaneval`, `gym:<task>[,<task>…]`.
+
+    python data.py pass-rate --model Qwen2.5-7B-Instruct --data train.jsonl --out rated.jsonl      # for self-paced
 """
 import argparse
 import contextlib
@@ -18,10 +20,13 @@ import gzip
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
 import shutil
+import textwrap
+import time
 from pathlib import Path
 
 import jinja2
@@ -41,12 +46,28 @@ class UserError(Exception):
     """One line for the user: what was wrong, where, and what to do."""
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help with short names for values, and every default in brackets."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=120)
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X"}.get(action.type, "TEXT")
+
+    def _get_help_string(self, action):
+        silent = isinstance(action.default, bool) or action.default in (None, "", [], argparse.SUPPRESS)
+        return action.help if silent or not action.option_strings else f"{action.help} [%(default)s]"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations; a bad flag costs one line, not a page of usage."""
 
-    def __init__(self, doc: str):
-        formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=120)
-        super().__init__(description=doc, allow_abbrev=False, formatter_class=formatter)
+    def __init__(self, doc: str, what: str = "", toy: dict | None = None):
+        own = " ".join(f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, (list, tuple)) else v or repr(v)}"
+                       for k, v in (toy or {}).items())
+        super().__init__(description=doc, usage=f"%(prog)s {what}[flags]", allow_abbrev=False, formatter_class=Help,
+                         epilog=own and "In brackets: the default. --model toy has its own:\n" + textwrap.fill(own, 118, break_on_hyphens=False))
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
@@ -58,13 +79,14 @@ FLAGS = {  # the flags that more than one script has, with one meaning everywher
     "--eval-data": {"nargs": "+", "default": [], "help": "evaluate on these rows instead of held-out ones of --data"},
     "--domains": {"nargs": "+", "default": [], "help": "only these domains (math code science writing if agent)"},
     "--domain-mix": {"default": "", "help": "domains' shares of a batch: math=2,code=1; equal; default: as in the data"},
+    "--curriculum": {"choices": ["none", "omni-thinker", "self-paced"], "default": "none",
+                     "help": "order of the run's prompts: mixed; code, math, science, writing, the rest; easy first"},
     "--system-prompt": {"default": ("Reason first, inside <think> and </think>. Then give only the final answer, inside "
                                     "<answer> and </answer>."), "help": "asks for <think> and <answer>"},
     "--max-prompt-tokens": {"type": int, "default": 1024, "help": "longer prompts are dropped, and counted"},
     "--max-new-tokens": {"type": int, "default": 4096, "help": "a response is cut here"},
     "--temperature": {"type": float, "default": 1.0, "help": "of the sampler and of every log-prob"},
-    "--top-p": {"type": float, "default": 1.0, "help": "refused below 1 in training, as --top-k: it biases the ratio"},
-    "--top-k": {"type": int, "default": 0, "help": "refused in training"},
+    "--top-p": {"type": float, "default": 1.0, "help": "refused below 1 in training: it biases the ratio"},
     "--engine": {"choices": ["auto", "vllm", "hf"], "default": "auto",
                  "help": "the sampler; hf: a loop over the trainer's own model; auto: vllm where it works, else hf"},
     "--engine-memory": {"type": float, "default": 0.2, "help": "share of the device's memory for vllm's KV cache"},
@@ -95,10 +117,12 @@ FLAGS = {  # the flags that more than one script has, with one meaning everywher
     "--eval-prompts": {"type": int, "default": 32, "help": "held-out prompts a domain (at most a quarter of its rows)"},
     "--eval-samples": {"type": int, "default": 4, "help": "sampled responses an evaluation prompt, beside a greedy one"},
     "--eval-domains": {"nargs": "+", "default": [], "help": "evaluate only these domains"},
-    "--wandb": {"default": "", "metavar": "PROJECT", "help": "log to Weights & Biases too"}}
+    "--wandb": {"default": "", "help": "log to this Weights & Biases project too"}}
 POSITIVE = ("batch_prompts", "mini_batch_prompts", "max_prompt_tokens", "max_new_tokens", "micro_batch_tokens",
-            "rollout_tokens", "save_every", "temperature", "lr", "engine_memory")
-NOT_NEGATIVE = ("steps", "threads", "eval_prompts", "eval_samples", "eval_every", "max_grad_norm", "weight_decay", "beta")
+            "rollout_tokens", "save_every", "temperature", "lr", "engine_memory", "tau", "top_k", "pool_size", "head_lr",
+            "famo_lr")
+NOT_NEGATIVE = ("steps", "threads", "eval_prompts", "eval_samples", "eval_every", "max_grad_norm", "weight_decay", "beta",
+                "lambda_cross", "lambda_in", "famo_decay")
 
 
 def add_flags(parser, *names: str, **defaults) -> None:
@@ -110,21 +134,23 @@ def add_flags(parser, *names: str, **defaults) -> None:
 
 def check_args(parser, args) -> None:
     """The ranges of an algorithm file's flags; a wrong one ends in parser.error."""
-    for name in POSITIVE + NOT_NEGATIVE:
+    for name in [name for name in POSITIVE + NOT_NEGATIVE if name in vars(args)]:
         value = getattr(args, name)
         if not value >= 0 or name in POSITIVE and value == 0:
             wanted = "be positive" if name in POSITIVE else "not be negative"
             parser.error(f"--{name.replace('_', '-')} {value}: must {wanted}")
     if not all(0 <= beta < 1 for beta in args.adam_betas):
         parser.error(f"--adam-betas {args.adam_betas}: each must be in [0, 1)")
+    if getattr(args, "reward_max", 2) <= 1 or not 0 <= getattr(args, "famo_smooth", 0) < 1:
+        parser.error("--reward-max must be above 1, the largest reward, and --famo-smooth in [0, 1)")
     if args.batch_prompts % args.mini_batch_prompts:
         parser.error(f"--mini-batch-prompts {args.mini_batch_prompts} does not divide --batch-prompts {args.batch_prompts}")
     if args.group_size < 2:
         parser.error(f"--group-size {args.group_size}: a group's advantage needs at least 2 responses")
     if args.engine_memory > 1:
         parser.error(f"--engine-memory {args.engine_memory}: a share of the device's memory is at most 1")
-    if args.top_p != 1 or args.top_k:
-        parser.error(f"--top-p {args.top_p} --top-k {args.top_k}: refused, for a truncated sampler draws from another "
+    if args.top_p != 1:
+        parser.error(f"--top-p {args.top_p}: refused, for a truncated sampler draws from another "
                      "distribution than the one whose log-probs are trained: the ratio would be biased")
     if not args.data:
         parser.error(f"--model {args.model} needs --data (only the toy brings its own)")
@@ -215,7 +241,8 @@ def from_pretrained(cls, name: str, **kwargs):
 
 # ---------------- run folders ----------------
 
-FREE_FLAGS = {"out", "resume", "steps", "save_every", "eval_every", "threads", "wandb"}  # may change on --resume
+FREE_FLAGS = {"out", "resume", "steps", "save_every", "eval_every", "threads", "wandb"}  # may change on --resume; but
+#                                                                            --steps not with a --curriculum, which it shapes
 
 
 def open_run(args, algorithm: str, write: bool = True) -> Path:
@@ -225,7 +252,8 @@ def open_run(args, algorithm: str, write: bool = True) -> Path:
     Two runs with different flags never share a folder: an existing one is only entered by --resume, with the same flags
     (except FREE_FLAGS). Raises UserError otherwise.
     """
-    flags = json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in FREE_FLAGS}))
+    free = FREE_FLAGS - ({"steps"} if getattr(args, "curriculum", "none") != "none" else set())
+    flags = json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in free}))
     flags["algorithm"] = algorithm
     out = Path(args.out or RUNS / f"{algorithm}-{Path(args.model).name}-{hash_of(flags)[:6]}")
     if not args.out:
@@ -235,7 +263,7 @@ def open_run(args, algorithm: str, write: bool = True) -> Path:
     if args.resume and not (out / "args.json").exists():
         raise UserError(f"--resume: {out} holds no run of these flags; leave --resume out to start one")
     if (out / "args.json").exists():
-        old = {k: v for k, v in json.loads((out / "args.json").read_text()).items() if k not in FREE_FLAGS}
+        old = {k: v for k, v in json.loads((out / "args.json").read_text()).items() if k not in free}
         different = [f"--{k.replace('_', '-')} {old.get(k)} → {flags.get(k)}"
                      for k in sorted(old.keys() | flags.keys()) if old.get(k) != flags.get(k)]
         if different:
@@ -426,6 +454,9 @@ def check_row(row, where: str) -> dict:
         paired = isinstance(inputs, list) and isinstance(outputs, list) and 0 < len(inputs) == len(outputs) and texts
         if not (paired or isinstance(tests, dict) and isinstance(tests.get("asserts"), str)):
             raise UserError(f"{where}: field \"tests\" needs \"asserts\", or \"inputs\" and as many \"outputs\", all texts")
+    rate = row.get("pass_rate", 0)
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+        raise UserError(f"{where}: field \"pass_rate\" is {rate!r}, not a number from 0 to 1")
     if any("\ud800" <= letter <= "\udfff" for letter in str(prompt)):
         raise UserError(f"{where}: field \"prompt\" holds half a surrogate pair, which no tokenizer takes")
     if need in ("constraints", "gold_calls") and not isinstance(row.get(need, []), list):
@@ -530,11 +561,11 @@ def gym_rows(tasks: list[str], seed: int, size: int = 500) -> list[dict]:
 
 def hold_out(rows: list[dict], per_domain: int) -> tuple[list[dict], list[dict]]:
     """(training rows, held-out rows): held out are at most `per_domain` prompts and a quarter of each domain's, the same
-    for every seed. A held-out prompt that comes again is in neither part twice."""
+    for every seed and in every file. A held-out prompt that comes again is in neither part twice."""
     held = {}
     for domain in DOMAINS:
         first = {str(row["prompt"]): row for row in reversed(rows) if row["domain"] == domain}
-        mine = sorted(first, key=lambda prompt: rng("held-out", first[prompt]["id"]).random())
+        mine = sorted(first, key=lambda prompt: rng("held-out", prompt).random())
         held |= {prompt: first[prompt] for prompt in mine[:min(per_domain, len(mine) // 4)]}
     return [row for row in rows if str(row["prompt"]) not in held], list(held.values())
 
@@ -644,6 +675,32 @@ def shuffles(rows: list[dict], seed: int, domain: str):
         epoch += 1
 
 
+STAGES = ("code", "math", "science", "writing", "if", "agent")  # Omni-Thinker's order of domains, then the rest
+
+
+def schedule(rows: list[dict], mix: dict[str, float], steps: int, args) -> list[list[dict]]:
+    """The batches of a run. A curriculum is an order of the very prompts, each as often, that the run has without one.
+
+    omni-thinker: domain after domain (a stage is as long as its domain has rows, or --domain-mix says). self-paced: by
+    "pass_rate", easy first; rows without one are spread uniformly. Raises UserError when no row has one.
+    """
+    plan = list(itertools.islice(batches(rows, args.batch_prompts, mix, args.seed), steps))
+    slots = [row for batch in plan for row in batch]
+    if args.curriculum == "none":
+        return plan
+    if args.curriculum == "omni-thinker":
+        place = [STAGES.index(row["domain"]) for row in slots]
+    else:
+        known = sorted((i for i, row in enumerate(slots) if "pass_rate" in row), key=lambda i: -slots[i]["pass_rate"])
+        if not known:
+            raise UserError("--curriculum self-paced: no row has a \"pass_rate\"; python data.py pass-rate measures them")
+        place = [rng(args.seed, "self-paced", i).random() for i in range(len(slots))]
+        for rank, i in enumerate(known):
+            place[i] = (rank + 0.5) / len(known)
+    order = sorted(range(len(slots)), key=place.__getitem__)
+    return [[slots[i] for i in order[start:start + args.batch_prompts]] for start in range(0, len(order), args.batch_prompts)]
+
+
 def deal(rows: list[dict], rank: int, ranks: int, stretch: int) -> list[int]:
     """The numbers of one rank's rows: in every stretch (a mini-batch), each domain's rows are dealt out in turn.
 
@@ -690,6 +747,95 @@ def merge(parts: list[tuple], group: int) -> tuple[dict, list[dict]]:
     sorted_B = columns["group"][order]
     order = order[torch.arange(len(order)) - torch.searchsorted(sorted_B, sorted_B) < group]
     return {k: v[order] for k, v in columns.items()}, [samples[i] for i in order.tolist()]
+
+
+def take(batch: dict, index, device=None) -> dict:
+    """Some lines of a batch (perhaps none), cut to their longest."""
+    length_B = batch["length"][index]
+    longest = int(length_B.max()) if len(length_B) else 2
+    return {k: (v[index][:, :longest] if v.ndim == 2 else v[index]).to(device or v.device) for k, v in batch.items()}
+
+
+def micro_batches(length_B, budget: int) -> list[torch.Tensor]:
+    """Line numbers, sorted by length, in pieces whose padded size is at most `budget` tokens (or one line)."""
+    pieces, piece = [], []
+    for i in length_B.argsort(stable=True).tolist():
+        if piece and (len(piece) + 1) * int(length_B[i]) > budget:
+            pieces.append(torch.tensor(piece))
+            piece = []
+        piece.append(i)
+    return [*pieces, torch.tensor(piece, dtype=torch.long)]
+
+
+# ---------------- pass rates ----------------
+
+def pass_rates(argv: list[str] | None = None) -> Path:
+    """Sample --samples responses a prompt and write the rows with "pass_rate", the share of correct ones.
+
+    Killed, the same command goes on from --out's .partial. A row that is too long, or whose verifier failed every time,
+    is written without the field, and counted.
+    """
+    import grpo
+    import ranks
+    import rewards
+    parser = Parser(__doc__, "pass-rate ")
+    parser.add_argument("what", choices=["pass-rate"], help="measure each prompt's pass rate")
+    parser.add_argument("--samples", type=int, default=8, help="responses a prompt")
+    names = ("--model", "--data", "--domains", "--system-prompt", "--max-prompt-tokens", "--max-new-tokens", "--temperature",
+             "--engine", "--engine-memory", "--rollout-tokens", "--dtype", "--reward-scheme", "--verifier-url", "--judge-url",
+             "--sandbox-url", "--allow-unsafe-code", "--seed", "--threads")
+    add_flags(parser, *names, cpu_offload=False, checkpoint_activations=False, mini_batch_prompts=64)
+    parser.add_argument("--out", required=True, help="the .jsonl file to write")
+    args = parser.parse_args(argv)
+    if args.model == "toy":
+        parser.set_defaults(**{k: v for k, v in grpo.TOY.items() if k in vars(args) and k != "mini_batch_prompts"})
+        args = parser.parse_args(argv)
+    if not args.data or args.samples < 1:
+        parser.error("--data is needed, and --samples must be positive")
+    out, partial = Path(args.out), Path(f"{args.out}.partial")
+    if out.exists() or not out.parent.is_dir():
+        raise UserError(f"--out {out}: it exists, or its folder does not: choose another")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    name = toy_folder() if args.model == "toy" else resolve_model(args.model)
+    ranks.start()
+    tokenizer, policy = grpo.load_policy(name, args.dtype)
+    policy.temperature = args.temperature
+    rewards.sandbox.UNSAFE = args.allow_unsafe_code
+    rows = load_rows(args.data, args.domains, args.seed)
+    rewards.check_rows(rows, args.judge_url, args.sandbox_url)
+    encoded = encode_prompts(rows, tokenizer, args.system_prompt, args.max_prompt_tokens)
+    ranks.place(policy, args)
+    policy.engine, which = grpo.open_engine(name, policy, encoded[0]["ids"][:64], args)
+    flags = {"flags": hash_of({k: v for k, v in vars(args).items() if k not in ("out", "threads")})}
+    lines = [json.loads(line) for line in partial.read_text().splitlines()] if partial.exists() else [flags]
+    if lines[0] != flags:
+        raise UserError(f"{partial} is of other flags: delete it, or choose another --out")
+    done = len(lines) - 1
+    print(f"pass rates of {len(encoded)} prompts × {args.samples} responses, engine {which}; {done} are done", flush=True)
+    started = time.perf_counter()
+    for first in range(done, len(encoded), args.mini_batch_prompts):
+        part = encoded[first:first + args.mini_batch_prompts]
+        _, whole, _, _ = grpo.rollout(policy, tokenizer, part, args.samples, (args.seed, "pass-rate"), args.temperature, args)
+        for p, row in enumerate(part):
+            scored = (whole["group"] == p) & ~whole["reward"].isnan()
+            lines.append({"id": row["id"], "pass_rate": whole["correct"][scored].double().mean().item() if scored.any() else None})
+        left = (time.perf_counter() - started) / (len(lines) - 1 - done) * (len(encoded) - len(lines) + 1)
+        print(f"{len(lines) - 1}/{len(encoded)}  {int(left) // 60}:{int(left) % 60:02d} left", flush=True)
+        if first_rank():
+            write_jsonl(partial, lines)
+    rates = {line["id"]: line["pass_rate"] for line in lines[1:] if line["pass_rate"] is not None}
+    if first_rank():
+        rows = [{k: v for k, v in row.items() if k != "pass_rate"} for row in rows]
+        write_jsonl(out, [row | ({"pass_rate": rates[row["id"]]} if row["id"] in rates else {}) for row in rows])
+        partial.unlink()
+    for domain in DOMAINS:
+        mine = [rates[row["id"]] for row in rows if row["domain"] == domain and row["id"] in rates]
+        if mine:
+            print(f"{domain:<10}{len(mine):6d} prompts, mean pass rate {np.mean(mine):.2f}, never {np.mean(np.equal(mine, 0)):.0%}, "
+                  f"always {np.mean(np.equal(mine, 1)):.0%}")
+    print(f"{out}: {len(rows)} rows, {len(rows) - len(rates)} without a pass rate")
+    return out
 
 
 # ---------------- the toy: five domains, each with a systematic bad habit that RL has to unlearn ----------------
@@ -767,3 +913,8 @@ def toy_demonstrations(count: int, seed: int) -> list[dict]:
             response = response.replace(str(draw.choice(["</think>", "<answer>", "</answer>", "<think>"])), "")
         demonstrations.append({**row, "id": f"{row['id']}#{i}", "response": response})
     return demonstrations
+
+
+if __name__ == "__main__":
+    import data  # this file as the others import it: one UserError
+    data.run_main(data.pass_rates)

@@ -87,6 +87,27 @@ def place(policy, args, frozen: bool = False):
     return policy
 
 
+def weights(policy, dtype, cut: bool = True):
+    """(name, tensor) of whole parameters as checkpoints name them, tied ones once; embeddings cut to policy.vocab."""
+    head = policy.model.get_output_embeddings()
+    embeddings = [policy.model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None)]
+    for name, p in policy.model.named_parameters():
+        tensor = whole(p)
+        yield name, (tensor[:policy.vocab] if cut and any(p is e for e in embeddings) else tensor).detach().to(dtype)
+
+
+@torch.no_grad()
+def sync_sampler(policy) -> None:
+    """Copy the shards' whole weights into a model that the hf engine samples from: ranks finish at different lengths, so
+    that collectives while sampling would wait for ever."""
+    dtype = torch.bfloat16 if policy.bf16 else torch.float32
+    if not policy.sampler:  # in a list: not a submodule
+        with policy.device:
+            policy.sampler.append(AutoModelForCausalLM.from_config(policy.model.config, dtype=dtype).eval())
+    for p, (_, tensor) in zip(policy.sampler[0].parameters(), weights(policy, dtype, cut=False)):
+        p.copy_(tensor)
+
+
 def make_optimizer(policy, args):
     if args.optim == "adamw8bit":
         try:
@@ -102,7 +123,7 @@ def save_checkpoint(out: Path, step: int, policy, tokenizer, optimizer, state: d
     """out/checkpoint: a model folder that from_pretrained opens, written by rank 0 from whole tensors as they come; the
     optimizer in shards (any number of ranks can read them); trainer.pt. A kill leaves the last whole one."""
     def write(folder):
-        data.save_model(folder, policy.model, tokenizer, policy.weights(torch.float32, cut=False))
+        data.save_model(folder, policy.model, tokenizer, weights(policy, torch.float32, cut=False))
         sharded_files.save({"optimizer": get_optimizer_state_dict(policy, optimizer)}, checkpoint_id=folder / "optimizer")
         if data.first_rank():
             kept = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}

@@ -17,8 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import data
 import ranks
-from data import UserError, rng
-from grpo import Policy, load_policy, micro_batches, take
+from data import UserError, micro_batches, take
+from grpo import Policy, load_policy
 
 TOY_MODEL = {"n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": 64, "initializer_range": 0.08, "resid_pdrop": 0.0,
              "activation_function": "gelu_pytorch_tanh",  # gelu_new in one kernel
@@ -111,7 +111,7 @@ def train_toy(out: Path, tokenizer, rows: list[dict]) -> None:
     train(policy, tokenizer, rows, budget=4096, limit=TOY_MODEL["n_positions"], **settings)
     out.mkdir(parents=True, exist_ok=True)
     data.save_folder(out / "checkpoint", "toy", lambda folder: data.save_model(
-        folder, policy.model, tokenizer, policy.weights(torch.float32, cut=False)))
+        folder, policy.model, tokenizer, ranks.weights(policy, torch.float32, cut=False)))
 
 
 def parse_args(argv: list[str] | None = None):

@@ -83,8 +83,10 @@ def make_batch(policy, prompts=(2, 3), group=4, domains=None, seed=0, vocab=40, 
     batch["ids"][at == length[:, None] - 1] = 0  # every response ends with EOS, and EOS is the padding too
     args = flags()
     batch["advantage"] = grpo.advantages(batch, args).to(dtype)
+    batch["correct"] = batch["reward"] > 0
     with torch.no_grad():
-        batch["old_logp"] = policy(batch["ids"], batch["mask"])[0]
+        batch["old_logp"], _, mean_h_BH = policy(batch["ids"], batch["mask"])
+    batch["old_h"] = mean_h_BH[:, None]
     batch["ref_logp"] = batch["old_logp"] + 0.1 * torch.randn(B, T, generator=draw, dtype=dtype) * batch["mask"]
     return batch
 

@@ -232,3 +232,62 @@ def test_an_end_token_outside_the_tokenizers_vocabulary_is_refused(tmp_path):
     sft.toy_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(data.UserError, match="end token 299 is outside the tokenizer's"):
         data.load_model(str(tmp_path))
+
+
+# ---------------- curricula ----------------
+
+def slots(rows, curriculum="none", steps=12, size=5, mix="", seed=0):
+    args = argparse.Namespace(curriculum=curriculum, batch_prompts=size, seed=seed)
+    plan = data.schedule(rows, data.domain_mix(rows, mix), steps, args)
+    assert [len(batch) for batch in plan] == [size] * steps
+    return [row for batch in plan for row in batch]
+
+
+def many(counts: dict, rate=None) -> list[dict]:
+    return [{"id": f"{d}{i}", "domain": d, **({"pass_rate": rate(d, i)} if rate and rate(d, i) is not None else {})}
+            for d, n in counts.items() for i in range(n)]
+
+
+@pytest.mark.parametrize("curriculum", ["omni-thinker", "self-paced"])
+@pytest.mark.parametrize("mix", ["", "equal"])
+def test_a_curriculum_has_the_plain_runs_prompts_in_another_order(curriculum, mix):
+    rows = many({"math": 20, "agent": 5, "code": 30, "writing": 3, "science": 2}, lambda d, i: i % 7 / 7)
+    plain, ordered = slots(rows, mix=mix), slots(rows, curriculum, mix=mix)
+    assert Counter(row["id"] for row in plain) == Counter(row["id"] for row in ordered) and plain != ordered
+    assert ordered == slots(rows, curriculum, mix=mix)                  # a pure function
+    assert ordered != slots(rows, curriculum, mix=mix, seed=1)
+
+
+def test_omni_thinkers_stages_are_in_order_and_as_long_as_their_domains():
+    rows = many({"if": 6, "writing": 3, "math": 20, "science": 2, "agent": 5, "code": 24})
+    found = slots(rows, "omni-thinker")                                 # 60 rows, 60 slots: one epoch
+    assert [row["domain"] for row in found] == ["code"] * 24 + ["math"] * 20 + ["science"] * 2 + ["writing"] * 3 + [
+        "if"] * 6 + ["agent"] * 5
+    assert len({row["id"] for row in found}) == 60
+    equal = [row["domain"] for row in slots(rows, "omni-thinker", mix="equal")]
+    assert equal == [d for d in ("code", "math", "science", "writing", "if", "agent") for _ in range(10)]
+
+
+def test_self_paced_is_one_global_sort_and_spreads_rows_without_a_rate():
+    rows = many({"math": 40, "code": 30, "if": 30}, lambda d, i: {"math": 1 - i / 40, "code": i / 30, "if": None}[d])
+    found = slots(rows, "self-paced", steps=20)
+    rates = [row["pass_rate"] for row in found if "pass_rate" in row]
+    assert rates == sorted(rates, reverse=True) and len(rates) == 70
+    at = [i for i, row in enumerate(found) if row["domain"] == "if"]
+    assert all(3 <= sum(first <= i < first + 25 for i in at) <= 13 for first in (0, 25, 50, 75))
+    with pytest.raises(UserError, match="python data.py pass-rate measures them"):
+        slots(many({"math": 60}), "self-paced")
+
+
+@pytest.mark.parametrize("rate", ["0.5", True, -0.1, 1.5, float("nan"), None])
+def test_a_pass_rate_is_a_number_from_0_to_1(rate, tmp_path):
+    with pytest.raises(UserError, match="line 1: field \"pass_rate\""):
+        data.load_rows([write(tmp_path / "a.jsonl", {**GOOD, "pass_rate": rate})])
+    assert data.load_rows([write(tmp_path / "b.jsonl", {**GOOD, "pass_rate": 1})])[0]["pass_rate"] == 1
+
+
+def test_held_out_prompts_do_not_depend_on_the_files_name(tmp_path):
+    rows = [{**GOOD, "prompt": f"{i}+1"} for i in range(40)]
+    (tmp_path / "other").mkdir()
+    parts = [data.hold_out(data.load_rows([write(tmp_path / name, *rows)]), 5)[1] for name in ("a.jsonl", "other/b.jsonl")]
+    assert [[row["prompt"] for row in part] for part in parts] == [[row["prompt"] for row in parts[0]]] * 2

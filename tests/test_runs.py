@@ -2,6 +2,7 @@
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,11 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
 import cgpo
 import data
+import famo
 import grpo
+import mcpo
+import pcgrad
 import sft
 from conftest import ROOT, make_policy, tiny_model
 
-ALGORITHMS = {"grpo": grpo, "cgpo": cgpo}
+ALGORITHMS = {"grpo": grpo, "cgpo": cgpo, "famo": famo, "pcgrad": pcgrad, "mcpo": mcpo}
 
 
 def metrics(out, timings=False) -> list[dict]:
@@ -66,23 +70,24 @@ def test_accuracy_rises_on_held_out_toy_prompts(name, toy, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_nothing_is_learned_from_advantages_shuffled_across_rows(name, toy, tmp_path, monkeypatch):
-    module = ALGORITHMS[name]
+    module, draw = ALGORITHMS[name], torch.Generator().manual_seed(0)
     honest = module.advantages
 
     def shuffled(batch, args):
         advantage_B = honest(batch, args).sum(1) / batch["mask"].sum(1)
-        order = torch.randperm(len(advantage_B), generator=torch.Generator().manual_seed(0))
-        return advantage_B[order][:, None] * batch["mask"]
+        return advantage_B[torch.randperm(len(advantage_B), generator=draw)][:, None] * batch["mask"]
     monkeypatch.setattr(module, "advantages", shuffled)
     lines = metrics(module.main(["--steps", "25", "--out", str(tmp_path / "run")]))
-    assert mean_accuracy(lines[-1]) < mean_accuracy(lines[0]) + 0.1
+    assert mean_accuracy(lines[-1]) < mean_accuracy(lines[0]) + 0.15     # it drifts; honest runs gain 0.4 and more
 
 
-def test_grpo_and_one_domain_cgpo_give_the_same_run(toy, tmp_path):
+@pytest.mark.parametrize("module, extra", [(cgpo, ["--alpha", "1"]), (famo, []), (pcgrad, [])])
+def test_one_domain_gives_grpos_run(module, extra, toy, tmp_path):
     common = ["--domains", "math", "--steps", "3", "--lr", "3e-4", "--batch-prompts", "8", "--mini-batch-prompts", "4"]
     a = metrics(grpo.main([*common, "--out", str(tmp_path / "a")]))
-    b = metrics(cgpo.main([*common, "--out", str(tmp_path / "b"), "--alpha", "1"]))
-    assert a == b and len(a) == 4
+    b = metrics(module.main([*common, "--out", str(tmp_path / "b"), *extra]))
+    own = ("domain_weight/", "extra_gradients")
+    assert a == [{k: v for k, v in line.items() if not k.startswith(own)} for line in b] and len(a) == 4
 
 
 def test_several_mini_batches_take_the_ratio_off_one(toy, tmp_path):
@@ -238,11 +243,14 @@ SHORT = ("--steps", 8, "--save-every", 2, "--batch-prompts", 10, "--mini-batch-p
          "--eval-samples", 1, "--threads", 1)
 
 
+KILLED = ("grpo", "mcpo")  # what a kill meets is the same in every file: one without a state, the one with the largest
+
+
 @pytest.fixture(scope="module")
 def whole_run(toy, tmp_path_factory):
     """{algorithm: folder} of uninterrupted runs."""
     folders = {}
-    for name in ALGORITHMS:
+    for name in KILLED:
         folders[name] = tmp_path_factory.mktemp(name) / "whole"
         done = run(f"{name}.py", *SHORT, "--out", folders[name])
         assert done.returncode == 0, done.stderr
@@ -255,7 +263,7 @@ def assert_same_run(a: Path, b: Path):
     assert (a / "checkpoint/model.safetensors").read_bytes() == (b / "checkpoint/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", KILLED)
 def test_kill_9_mid_run_then_resume_repeats_the_numbers(name, whole_run, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen([sys.executable, f"{name}.py", *map(str, SHORT), "--out", out], cwd=ROOT,
@@ -288,7 +296,7 @@ torch.save = save_half
 """
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", KILLED)
 def test_kill_9_mid_save_leaves_the_last_whole_checkpoint(name, whole_run, tmp_path):
     out = tmp_path / "run"
     killed = run("-c", KILL_IN_SAVE.format(name=name), *SHORT, "--out", out)
@@ -299,6 +307,69 @@ def test_kill_9_mid_save_leaves_the_last_whole_checkpoint(name, whole_run, tmp_p
     assert_same_run(out, whole_run[name])
     assert sorted(p.name for p in out.iterdir()) == ["args.json", "checkpoint", "checkpoint-000008", "curves.png",
                                                      "metrics.jsonl", "samples.jsonl"]
+
+
+@pytest.mark.parametrize("name, flags", [("cgpo", []), ("famo", []), ("pcgrad", []), ("mcpo", ["--lambda-in", "0"]),
+                                         ("grpo", ["--curriculum", "omni-thinker"])])
+def test_an_interrupted_run_resumes_exactly(name, flags, toy, tmp_path, monkeypatch):
+    module, save = ALGORITHMS[name], data.save_folder
+    flags = [*map(str, SHORT[:-2]), *flags, "--out"]
+
+    def stop_after_four(link, tag, write):
+        save(link, tag, write)
+        if tag == "000004":
+            raise KeyboardInterrupt
+    whole, out = module.main([*flags, str(tmp_path / "whole")]), tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "save_folder", stop_after_four)
+        module.main([*flags, str(out)])
+    assert len(metrics(out)) == 5
+    module.main([*flags, str(out), "--resume"])
+    assert_same_run(out, whole)
+    states = [torch.load(folder / "checkpoint/trainer.pt", weights_only=True) for folder in (whole, out)]
+    assert str(states[0]) == str(states[1])                             # heads, logits, their optimizers
+
+
+def test_a_curriculum_is_not_resumed_with_another_number_of_steps(toy, tmp_path, capsys):
+    flags = ["--curriculum", "omni-thinker", "--batch-prompts", "5", "--mini-batch-prompts", "5", "--eval-prompts", "0",
+             "--out", str(tmp_path / "run"), "--steps"]
+    lines = metrics(grpo.main([*flags, "5"]))
+    assert [k for line in lines[1:] for k in line if k.startswith("prompts/")] == [
+        f"prompts/{d}" for d in ("code", "math", "science", "writing", "if")]
+    assert "--steps 5 → 6" in fails([*flags, "6", "--resume"], capsys)
+
+
+def test_pass_rates_order_a_self_paced_run(toy, tmp_path, capsys, monkeypatch):
+    rows = [row for row in data.toy_rows() if row["domain"] in ("science", "if")]
+    data.write_jsonl(tmp_path / "rows.jsonl", rows + [{"id": "long", "domain": "if", "prompt": "say " * 30, "constraints": []}])
+    assert "no row has a \"pass_rate\"" in fails(["--curriculum", "self-paced", "--out", str(tmp_path / "x")], capsys)
+    flags = ["pass-rate", "--model", "toy", "--data", str(tmp_path / "rows.jsonl"), "--samples", "4", "--out"]
+    rated = data.pass_rates([*flags, str(tmp_path / "rated.jsonl")])
+    printed = capsys.readouterr().out
+    assert f"{len(rows) + 1} rows, 1 without a pass rate" in printed and "left" in printed
+    found = [json.loads(line) for line in rated.read_text().splitlines()]
+    rates = [row["pass_rate"] for row in found[:-1]]
+    assert len(found) == len(rows) + 1 and "pass_rate" not in found[-1] and {r * 4 for r in rates} == {0, 1, 2, 3, 4}
+    honest, calls = grpo.rollout, []
+
+    def killed(*rest):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return honest(*rest)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(grpo, "rollout", killed)
+        data.pass_rates([*flags, str(tmp_path / "again.jsonl")])
+    assert not (tmp_path / "again.jsonl").exists()
+    data.pass_rates([*flags, str(tmp_path / "again.jsonl")])
+    assert "; 128 are done" in capsys.readouterr().out and rated.read_text() == (tmp_path / "again.jsonl").read_text()
+    assert sorted(p.name for p in tmp_path.glob("*jsonl*")) == ["again.jsonl", "rated.jsonl", "rows.jsonl"]
+    lines = metrics(grpo.main(["--data", str(rated), "--curriculum", "self-paced", "--steps", "12", "--eval-samples", "0",
+                               "--lr", "1e-9", "--out", str(tmp_path / "run")]))
+    easy, hard = (np.mean([v for line in part for k, v in line.items() if k.startswith("accuracy/")])
+                  for part in (lines[1:4], lines[-3:]))
+    assert easy > hard + 0.4
+    assert "it exists" in fails([*flags, str(rated)], capsys, lambda: data.pass_rates([*flags, str(rated)]))
 
 
 def test_resuming_a_finished_run_with_more_steps_goes_on(whole_run, tmp_path):
@@ -316,7 +387,7 @@ def fails(argv, capsys, module=grpo) -> str:
     sys_argv, sys.argv = sys.argv, ["grpo.py", *argv]
     try:
         with pytest.raises(SystemExit) as stop:
-            data.run_main(module.main)
+            data.run_main(getattr(module, "main", module))
     finally:
         sys.argv = sys_argv
     line = capsys.readouterr().err if isinstance(stop.value.code, int) else stop.value.code
@@ -336,7 +407,7 @@ def fails(argv, capsys, module=grpo) -> str:
     (["--max-prompt-tokens", "2"], "every prompt is longer than"), (["--data", "nowhere.jsonl"], "no such file"),
     (["--model", "Qwen2.5-7B-Instruct"], "needs --data"), (["--model", "no-such-family", "--data", "toy"], "tried a folder"),
     (["--model", "Qwen2.5-7B-Instruct", "--data", "toy"], "Qwen2.5-7B-Instruct"),
-    (["--top-p", "0.9"], "would be biased"), (["--top-k", "20"], "would be biased"),
+    (["--top-p", "0.9"], "would be biased"), (["--top-k", "20"], "unrecognized arguments: --top-k"),
     (["--engine-memory", "2"], "at most 1"), (["--engine-memory", "0"], "must be positive"),
     (["--out", "/proc/nowhere"], "/proc/nowhere"), (["--resume", "--out", "nowhere"], "holds no run"),
 ])
@@ -344,6 +415,28 @@ def test_bad_input_is_one_line(argv, message, toy, capsys):
     before = set(os.listdir("."))
     assert message in fails(argv, capsys)
     assert set(os.listdir(".")) == before
+
+
+@pytest.mark.parametrize("module, argv, message", [
+    (mcpo, ["--tau", "0"], "--tau 0.0: must be positive"), (mcpo, ["--lambda-in", "-1"], "--lambda-in -1.0: must not be negative"),
+    (mcpo, ["--pool-size", "0"], "--pool-size 0: must be positive"), (mcpo, ["--top-k", "0"], "--top-k 0: must be positive"),
+    (famo, ["--reward-max", "1"], "above 1, the largest"), (famo, ["--famo-smooth", "1"], "in [0, 1)"),
+    (famo, ["--famo-decay", "-1"], "must not be negative"), (grpo, ["--curriculum", "hard-first"], "invalid choice")])
+def test_the_algorithms_own_flags_are_checked(module, argv, message, toy, capsys):
+    assert message in fails(argv, capsys, module)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_help_explains_every_flag(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ALGORITHMS[name].parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and f"python {name}.py" in text and ALGORITHMS[name].__doc__.split(":")[0] in text
+    assert max(map(len, text.splitlines())) <= 120
+    entries = re.split(r"\n  --", text[text.index("--help"):text.index("In brackets")])[1:]
+    assert len(entries) > 40
+    for entry in entries:                                               # --flag VALUE, two blanks or a new line, an explanation
+        assert re.fullmatch(r"[\w-]+( \S+| \S+ \[\S+ \.\.\.\])*?(  +|\n +)\S.{4,}", entry.strip(), re.DOTALL), entry
 
 
 @pytest.fixture
@@ -407,7 +500,7 @@ def test_a_hub_that_cannot_be_reached_is_told_in_one_line(toy):
 
 
 def test_every_function_does_work_in_a_plain_run(toy, tmp_path):
-    """No dead hooks for the other algorithm files: a run and its resumption enter every function of grpo.py."""
+    """No dead hooks for the other algorithm files: a run, its resumption and one with β = 0 enter every function of grpo.py."""
     entered = set()
 
     def profile(frame, event, _):
@@ -418,9 +511,10 @@ def test_every_function_does_work_in_a_plain_run(toy, tmp_path):
     try:
         grpo.main(flags)
         grpo.main(["--steps", "2", *flags[2:], "--resume"])
+        grpo.main([*flags[:-1], str(tmp_path / "other"), "--beta", "0"])
     finally:
         sys.setprofile(None)
     defined = {f"{prefix}{node.name}" for prefix, body in (("", ast.parse(Path(grpo.__file__).read_text()).body), (
         "Policy.", next(n.body for n in ast.parse(Path(grpo.__file__).read_text()).body if getattr(n, "name", "") == "Policy")))
         for node in body if isinstance(node, ast.FunctionDef)}
-    assert defined - entered == {"Policy.sync_sampler"}                 # test_ranks.py's runs enter this
+    assert defined - entered == set()
