@@ -1,6 +1,6 @@
 """What it costs: speed and memory of named shapes with random weights (nothing is downloaded), and what fits where.
 
-    python bench.py speed --model toy                                   # tokens/s, FLOP/s, CGPO's update against GRPO's
+    python bench.py speed --model toy                                   # tokens/s, FLOP/s, each method's step against GRPO's
     python bench.py speed --model qwen2.5-0.5b qwen2.5-1.5b qwen2.5-7b --loop   # on a GPU box: everything, in one command
     python bench.py fit --model qwen2.5-7b --ranks 8 --device-gb 80     # memory a rank, by part, and the flags that fit
     python bench.py speed --model peer --peer trl                       # beside TRL's GRPOTrainer, if it is installed
@@ -23,11 +23,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 import analyze
 import cgpo
 import data
+import famo
 import grpo
+import mcpo
+import pcgrad
 import ranks
 import sft
 from data import UserError
 
+# column: (file, number of the mini-batch: MCPO makes its hidden states anew in all but a step's first)
+METHODS = {"grpo": (grpo, 0), "cgpo": (cgpo, 0), "famo": (famo, 0), "pcgrad": (pcgrad, 0), "mcpo, h reused": (mcpo, 0),
+           "mcpo, h anew": (mcpo, 1)}
 QWEN = {"max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "bos_token_id": 0, "eos_token_id": 0}
 SHAPES = {  # the published configurations
     "toy": lambda: GPT2Config(vocab_size=285, bos_token_id=0, eos_token_id=0, **sft.TOY_MODEL),
@@ -83,7 +89,7 @@ def memory(config, flags: dict) -> dict[str, float]:
         "gathered blocks (bf16)": 2 * (2 * n["block"] + n["root"]),
         "reference (bf16)": on_device * 2 * n["all"] / R if flags["beta"] else 0,
         "φ_0 (cgpo)": on_device * 4 * n["all"] / R if flags["algorithm"] == "cgpo" else 0,
-        "gradient copies (pcgrad)": on_device * flags["domains"] * 4 * n["all"] / R if flags["algorithm"] == "pcgrad" else 0,
+        "gradient copies (pcgrad)": on_device * (flags["domains"] - 1) * 4 * n["all"] / R if flags["algorithm"] == "pcgrad" else 0,
         "teacher (opd)": 2 * n["all"] / R if flags["algorithm"] == "opd" else 0,
         "activations": activation_bytes(config, flags["micro_batch_tokens"], flags["checkpoint_activations"]),
         "hf sampler's copy (bf16)": 2 * n["all"] if hf else 0,
@@ -147,9 +153,9 @@ def matrix_rate(device, dtype) -> float:
     return 2 * size**3 / clock(device, lambda: a @ b, 5)
 
 
-def trainer_flags(args, *more: str):
-    """The algorithm files' flags: the toy's, with this script's."""
-    return cgpo.parse_args(["--optim", args.optim, "--beta", str(args.beta), "--zero-advantage", "keep", "--dtype", args.dtype,
+def trainer_flags(args, *more: str, module=grpo):
+    """An algorithm file's flags: the toy's, with this script's."""
+    return module.parse_args(["--optim", args.optim, "--beta", str(args.beta), "--zero-advantage", "keep", "--dtype", args.dtype,
                             "--micro-batch-tokens", str(args.micro_batch_tokens), "--is-correction", "none",
                             *["--checkpoint-activations"] * args.checkpoint_activations,
                             *["--cpu-offload"] * args.cpu_offload, *more])
@@ -164,6 +170,7 @@ def synthetic_batch(policy, prompts: int, group: int, prompt_tokens: int, row_to
             "mask": (torch.arange(row_tokens) >= prompt_tokens).expand(B, -1).clone(),
             "length": torch.full((B,), row_tokens), "group": torch.arange(prompts).repeat_interleave(group),
             "domain": (torch.arange(prompts) % 5).repeat_interleave(group), "reward": reward_PG.flatten(),
+            "correct": reward_PG.flatten() >= group / 2,
             "sampler_logp": torch.zeros(B, row_tokens)}
 
 
@@ -213,13 +220,15 @@ def speed(args) -> dict:
     batch["old_logp"], _, batch["old_h"] = grpo.log_probs(policy, batch, flags)
     batch["ref_logp"] = batch["old_logp"]
     batch["advantage"] = grpo.advantages(batch, flags)
-    optimizer = ranks.make_optimizer(policy, flags)
-    times = {module.__name__: [] for module in (grpo, cgpo)}
-    for _ in range(args.repeats):                                       # in turn, so that a slow minute hits both
-        for module in (grpo, cgpo):
-            times[module.__name__].append(clock(policy.device, lambda: module.update(  # noqa: B023
-                policy, optimizer, batch, 1e-9, (0, 1, 0), {}, flags), 1))
-    grpo_s, cgpo_s = (sorted(seconds)[args.repeats // 2] for seconds in times.values())
+    optimizer, times = ranks.make_optimizer(policy, flags), {name: [] for name in METHODS}
+    own = {name: trainer_flags(args, module=module) for name, (module, _) in METHODS.items()}
+    states = {name: module.init_state(own[name], policy) for name, (module, _) in METHODS.items()}
+    for _ in range(args.repeats):                                       # in turn, so that a slow minute hits all
+        for name, (module, mini) in METHODS.items():
+            times[name].append(clock(policy.device, lambda: module.update(  # noqa: B023
+                policy, optimizer, batch, 1e-9, (0, 1, mini), states[name], own[name]), 1))  # noqa: B023
+    update_s = {name: sorted(seconds)[args.repeats // 2] for name, seconds in times.items()}
+    grpo_s = update_s["grpo"]
     tokens, config, n = int(batch["length"].sum()), policy.model.config, count_parameters(policy.model.config)
     weights = n["all"] - (0 if n["tied"] else n["embedding"])           # a tied embedding works once, as the head
     flops = 6 * tokens * (weights + config.num_hidden_layers * config.hidden_size * batch["ids"].shape[1])
@@ -227,7 +236,8 @@ def speed(args) -> dict:
     return found | {
         "update tokens/s": tokens / grpo_s, "update model FLOP/s": flops / grpo_s,
         "share of the matrix rate": flops / grpo_s / found["matrix FLOP/s"], "log-prob pass s": logprob_s, "grpo update s": grpo_s,
-        "cgpo update s": cgpo_s, "cgpo/grpo update": cgpo_s / grpo_s, "cgpo/grpo step": (step_s + cgpo_s) / (step_s + grpo_s),
+        **{f"{name}: update/grpo": seconds / grpo_s for name, seconds in update_s.items() if name != "grpo"},
+        **{f"{name}: step/grpo": (step_s + seconds) / (step_s + grpo_s) for name, seconds in update_s.items() if name != "grpo"},
         "peak memory GB": analyze.peak_memory() / 2**30}
 
 
@@ -324,7 +334,7 @@ def parse_args(argv: list[str] | None = None):
     add("--ranks", type=int, default=1, help="fit: processes that share the model")
     add("--device-gb", type=float, default=0.0, help="fit: memory of a device (default: this one's, else 80)")
     add("--algorithm", choices=["grpo", "cgpo", "mcpo", "famo", "pcgrad", "opd"], default="cgpo", help="fit")
-    add("--domains", type=int, default=5, help="fit: gradient copies of pcgrad")
+    add("--domains", type=int, default=5, help="fit: pcgrad keeps a gradient of each")
     add("--beta", type=float, default=0.001, help="0: no reference model")
     data.add_flags(parser, "--micro-batch-tokens", "--dtype", "--optim", "--checkpoint-activations", "--cpu-offload", "--engine",
                    "--engine-memory", "--rollout-tokens", "--threads")
