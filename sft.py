@@ -84,30 +84,30 @@ def train(policy, tokenizer, rows: list[dict], steps: int, batch_rows: int, lr: 
     return optimizer
 
 
-def build_toy() -> str:
+def build_toy(seed: int = 0) -> str:
     """Path of the toy model, built when it is missing: runs/toy-<hash of all it is built from>/checkpoint."""
-    tokenizer = toy_tokenizer()
-    rows = data.toy_demonstrations(TOY_TRAINING["demonstrations"], TOY_TRAINING["seed"])
+    tokenizer, training = toy_tokenizer(), TOY_TRAINING | {"seed": seed}
+    rows = data.toy_demonstrations(training["demonstrations"], seed)
     texts = [(row["prompt"], row["response"]) for row in rows]
-    recipe = [TOY_MODEL, TOY_TRAINING, tokenizer.backend_tokenizer.to_str(), texts]
+    recipe = [TOY_MODEL, training, tokenizer.backend_tokenizer.to_str(), texts]
     out = data.RUNS / f"toy-{data.hash_of(recipe)[:8]}"
     data.RUNS.mkdir(exist_ok=True)
     with open(data.RUNS / "toy.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two scripts started together build it once
         if not (out / "checkpoint").exists():
-            train_toy(out, tokenizer, rows)
+            train_toy(out, tokenizer, rows, training)
     return str(out / "checkpoint")
 
 
-def train_toy(out: Path, tokenizer, rows: list[dict]) -> None:
+def train_toy(out: Path, tokenizer, rows: list[dict], training: dict) -> None:
     print(f"building the toy model (once, under a minute) in {out}")
     rows = data.encode_prompts(rows, tokenizer, "", TOY_MODEL["n_positions"])
     with torch.random.fork_rng():
-        torch.manual_seed(TOY_TRAINING["seed"])
+        torch.manual_seed(training["seed"])
         eos = tokenizer.eos_token_id
         config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, **TOY_MODEL)
         policy = Policy(GPT2LMHeadModel(config), len(tokenizer), [eos])
-    settings = {k: TOY_TRAINING[k] for k in ("steps", "batch_rows", "lr", "warmup_steps", "seed")}
+    settings = {k: training[k] for k in ("steps", "batch_rows", "lr", "warmup_steps", "seed")}
     train(policy, tokenizer, rows, budget=4096, limit=TOY_MODEL["n_positions"], **settings)
     out.mkdir(parents=True, exist_ok=True)
     data.save_folder(out / "checkpoint", "toy", lambda folder: data.save_model(
