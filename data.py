@@ -769,15 +769,9 @@ def micro_batches(length_B, budget: int) -> list[torch.Tensor]:
 
 # ---------------- pass rates ----------------
 
-def pass_rates(argv: list[str] | None = None) -> Path:
-    """Sample --samples responses a prompt and write the rows with "pass_rate", the share of correct ones.
-
-    Killed, the same command goes on from --out's .partial. A row that is too long, or whose verifier failed every time,
-    is written without the field, and counted.
-    """
+def parse_args(argv: list[str] | None = None):
+    """The flags of `python data.py pass-rate`."""
     import grpo
-    import ranks
-    import rewards
     parser = Parser(__doc__, "pass-rate ")
     parser.add_argument("what", choices=["pass-rate"], help="measure each prompt's pass rate")
     parser.add_argument("--samples", type=int, default=8, help="responses a prompt")
@@ -792,6 +786,19 @@ def pass_rates(argv: list[str] | None = None) -> Path:
         args = parser.parse_args(argv)
     if not args.data or args.samples < 1:
         parser.error("--data is needed, and --samples must be positive")
+    return args
+
+
+def pass_rates(argv: list[str] | None = None) -> Path:
+    """Sample --samples responses a prompt and write the rows with "pass_rate", the share of correct ones.
+
+    Killed, the same command goes on from --out's .partial. A row that is too long, or whose verifier failed every time,
+    is written without the field, and counted.
+    """
+    import grpo
+    import ranks
+    import rewards
+    args = parse_args(argv)
     out, partial = Path(args.out), Path(f"{args.out}.partial")
     if out.exists() or not out.parent.is_dir():
         raise UserError(f"--out {out}: it exists, or its folder does not: choose another")

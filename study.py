@@ -231,7 +231,7 @@ def report() -> str:
             edge = "" if of[0]["lr"] == METHODS[method][2][1] else "†"
             text.append(f"| {method} | {len(of)} | {of[0]['lr']:g}{edge} | " + " | ".join(cells) + " | "
                         f"{np.mean([mean_of(r) for r in of]):.3f} ± {standard_error([mean_of(r) for r in of]):.3f} | "
-                        + (f"{np.mean(gap):+.3f} ± {standard_error(gap):.3f} | {ps[method]:.2g}{'*' * (method in stars)}" if gap else "|")
+                        + (f"{np.mean(gap):+.3f} ± {standard_error(gap):.3f} | {ps[method]:.2g}{'*' * (method in stars)}" if gap else "– | –")
                         + f" | {np.mean([r['moved'] for r in of]):.2f} | {np.mean([r['step_s'] for r in of]):.2f} | "
                         f"{np.mean([r['peak_gib'] for r in of]):.2f} |")
         pairs = [(a, b, paired(runs, a, b)) for a, b in PAIRS]
