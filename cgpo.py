@@ -551,6 +551,7 @@ def main(argv: list[str] | None = None) -> Path:
     rewards.check_rows(train_rows + eval_rows, args.judge_url, args.sandbox_url)
     mix = data.domain_mix(train_rows, args.domain_mix)
     steps = args.steps or max(1, len(train_rows) // args.batch_prompts)
+    plan = data.schedule(train_rows, mix, steps, args)
     minis = args.batch_prompts // args.mini_batch_prompts
     if args.mini_batch_prompts < ranks.count():
         raise UserError(f"--mini-batch-prompts {args.mini_batch_prompts}: fewer than the {ranks.count()} ranks")
@@ -574,7 +575,7 @@ def main(argv: list[str] | None = None) -> Path:
     if not start:
         log.write({"step": 0} | evaluate(policy, tokenizer, eval_rows, args))
     started = time.perf_counter()
-    for step, rows in enumerate(data.schedule(train_rows, mix, steps, args)[start:], start + 1):
+    for step, rows in enumerate(plan[start:], start + 1):
         key = (args.seed, step)
         batch, whole, samples, seconds = rollout(policy, tokenizer, rows, args.group_size, key, args.temperature, args)
         clock = time.perf_counter()

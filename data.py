@@ -118,7 +118,7 @@ FLAGS = {  # the flags that more than one script has, with one meaning everywher
     "--eval-samples": {"type": int, "default": 4, "help": "sampled responses an evaluation prompt, beside a greedy one"},
     "--eval-domains": {"nargs": "+", "default": [], "help": "evaluate only these domains"},
     "--wandb": {"default": "", "help": "log to this Weights & Biases project too"}}
-POSITIVE = ("batch_prompts", "mini_batch_prompts", "max_prompt_tokens", "max_new_tokens", "micro_batch_tokens",
+POSITIVE = ("batch_prompts", "samples", "mini_batch_prompts", "max_prompt_tokens", "max_new_tokens", "micro_batch_tokens",
             "rollout_tokens", "save_every", "temperature", "lr", "engine_memory", "tau", "top_k", "pool_size", "head_lr",
             "famo_lr")
 NOT_NEGATIVE = ("steps", "threads", "eval_prompts", "eval_samples", "eval_every", "max_grad_norm", "weight_decay", "beta",
@@ -132,13 +132,18 @@ def add_flags(parser, *names: str, **defaults) -> None:
     parser.set_defaults(**defaults)
 
 
-def check_args(parser, args) -> None:
-    """The ranges of an algorithm file's flags; a wrong one ends in parser.error."""
+def check_ranges(parser, args) -> None:
+    """Flags that must be positive, or not negative, in whatever script has them."""
     for name in [name for name in POSITIVE + NOT_NEGATIVE if name in vars(args)]:
         value = getattr(args, name)
         if not value >= 0 or name in POSITIVE and value == 0:
             wanted = "be positive" if name in POSITIVE else "not be negative"
             parser.error(f"--{name.replace('_', '-')} {value}: must {wanted}")
+
+
+def check_args(parser, args) -> None:
+    """The ranges of an algorithm file's flags; a wrong one ends in parser.error."""
+    check_ranges(parser, args)
     if not all(0 <= beta < 1 for beta in args.adam_betas):
         parser.error(f"--adam-betas {args.adam_betas}: each must be in [0, 1)")
     if getattr(args, "reward_max", 2) <= 1 or not 0 <= getattr(args, "famo_smooth", 0) < 1:
@@ -159,7 +164,7 @@ def check_args(parser, args) -> None:
             parser.error(f"--eval-domains {domain}: not one of {' '.join(DOMAINS)}")
 
 
-def run_main(main) -> None:
+def run_main(main, goes_on: str = "--resume continues from the last checkpoint") -> None:
     """Call main(); a user's error or the machine's ends in one line on stderr and exit status 1."""
     import sys
     try:
@@ -167,7 +172,7 @@ def run_main(main) -> None:
     except (UserError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}".replace("\n", " "))
     except KeyboardInterrupt:
-        sys.exit(f"{Path(sys.argv[0]).name}: interrupted; --resume continues from the last checkpoint")
+        sys.exit(f"{Path(sys.argv[0]).name}: interrupted; {goes_on}")
 
 
 def rng(*key) -> np.random.Generator:
@@ -570,11 +575,15 @@ def hold_out(rows: list[dict], per_domain: int) -> tuple[list[dict], list[dict]]
     return [row for row in rows if str(row["prompt"]) not in held], list(held.values())
 
 
-def train_and_eval_rows(args, tokenizer, context: int) -> tuple[list[dict], list[dict]]:
-    """(training rows, evaluation rows) of --data and --eval-data, with their prompts' tokens; no row is in both."""
+def check_context(args, context: int) -> None:
     if args.max_prompt_tokens + args.max_new_tokens > context:
         raise UserError(f"--max-prompt-tokens {args.max_prompt_tokens} + --max-new-tokens {args.max_new_tokens} "
                         f"exceed the model's context of {context} tokens: lower one of them")
+
+
+def train_and_eval_rows(args, tokenizer, context: int) -> tuple[list[dict], list[dict]]:
+    """(training rows, evaluation rows) of --data and --eval-data, with their prompts' tokens; no row is in both."""
+    check_context(args, context)
     rows = load_rows(args.data, args.domains, args.seed)
     if args.eval_data:
         held_out = [row for row in load_rows(args.eval_data) if not args.domains or row["domain"] in args.domains]
@@ -682,7 +691,8 @@ def schedule(rows: list[dict], mix: dict[str, float], steps: int, args) -> list[
     """The batches of a run. A curriculum is an order of the very prompts, each as often, that the run has without one.
 
     omni-thinker: domain after domain (a stage is as long as its domain has rows, or --domain-mix says). self-paced: by
-    "pass_rate", easy first; rows without one are spread uniformly. Raises UserError when no row has one.
+    "pass_rate", easy first; rows without one are spread uniformly; prompts that the run has several times come together
+    with those of their rate. Raises UserError when no row has one.
     """
     plan = list(itertools.islice(batches(rows, args.batch_prompts, mix, args.seed), steps))
     slots = [row for batch in plan for row in batch]
@@ -775,17 +785,20 @@ def parse_args(argv: list[str] | None = None):
     parser = Parser(__doc__, "pass-rate ")
     parser.add_argument("what", choices=["pass-rate"], help="measure each prompt's pass rate")
     parser.add_argument("--samples", type=int, default=8, help="responses a prompt")
+    parser.add_argument("--batch-prompts", type=int, default=512, help="prompts between two saves")
     names = ("--model", "--data", "--domains", "--system-prompt", "--max-prompt-tokens", "--max-new-tokens", "--temperature",
              "--engine", "--engine-memory", "--rollout-tokens", "--dtype", "--reward-scheme", "--verifier-url", "--judge-url",
              "--sandbox-url", "--allow-unsafe-code", "--seed", "--threads")
-    add_flags(parser, *names, cpu_offload=False, checkpoint_activations=False, mini_batch_prompts=64)
+    add_flags(parser, *names, cpu_offload=False, checkpoint_activations=False)
     parser.add_argument("--out", required=True, help="the .jsonl file to write")
     args = parser.parse_args(argv)
     if args.model == "toy":
-        parser.set_defaults(**{k: v for k, v in grpo.TOY.items() if k in vars(args) and k != "mini_batch_prompts"})
+        parser.set_defaults(**{k: v for k, v in grpo.TOY.items() if k in vars(args) and k not in ("data", "batch_prompts")})
         args = parser.parse_args(argv)
-    if not args.data or args.samples < 1:
-        parser.error("--data is needed, and --samples must be positive")
+    if not args.data:
+        parser.error("--data is needed")
+    check_ranges(parser, args)
+    args.mini_batch_prompts = args.batch_prompts  # rows are dealt to the ranks by these
     return args
 
 
@@ -808,21 +821,27 @@ def pass_rates(argv: list[str] | None = None) -> Path:
     ranks.start()
     tokenizer, policy = grpo.load_policy(name, args.dtype)
     policy.temperature = args.temperature
+    check_context(args, getattr(policy.model.config, "max_position_embeddings", 1 << 30))
     rewards.sandbox.UNSAFE = args.allow_unsafe_code
     rows = load_rows(args.data, args.domains, args.seed)
     rewards.check_rows(rows, args.judge_url, args.sandbox_url)
     encoded = encode_prompts(rows, tokenizer, args.system_prompt, args.max_prompt_tokens)
     ranks.place(policy, args)
-    policy.engine, which = grpo.open_engine(name, policy, encoded[0]["ids"][:64], args)
-    flags = {"flags": hash_of({k: v for k, v in vars(args).items() if k not in ("out", "threads")})}
-    lines = [json.loads(line) for line in partial.read_text().splitlines()] if partial.exists() else [flags]
-    if lines[0] != flags:
-        raise UserError(f"{partial} is of other flags: delete it, or choose another --out")
+    canary = [i for row in encoded[:64] for i in row["ids"]][:min(64, args.max_prompt_tokens)]
+    policy.engine, which = grpo.open_engine(name, policy, canary, args)
+    flags = {k: v for k, v in vars(args).items() if k not in ("out", "threads")}
+    header, lines = {"of": hash_of([flags, [row["id"] for row in encoded]])}, []
+    if partial.exists():
+        with open(partial, encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file]
+        if lines[:1] != [header]:
+            raise UserError(f"{partial} is of other flags or rows: delete it, or choose another --out")
+    lines = lines or [header]
     done = len(lines) - 1
     print(f"pass rates of {len(encoded)} prompts × {args.samples} responses, engine {which}; {done} are done", flush=True)
     started = time.perf_counter()
-    for first in range(done, len(encoded), args.mini_batch_prompts):
-        part = encoded[first:first + args.mini_batch_prompts]
+    for first in range(done, len(encoded), args.batch_prompts):
+        part = encoded[first:first + args.batch_prompts]
         _, whole, _, _ = grpo.rollout(policy, tokenizer, part, args.samples, (args.seed, "pass-rate"), args.temperature, args)
         for p, row in enumerate(part):
             scored = (whole["group"] == p) & ~whole["reward"].isnan()
@@ -924,4 +943,4 @@ def toy_demonstrations(count: int, seed: int) -> list[dict]:
 
 if __name__ == "__main__":
     import data  # this file as the others import it: one UserError
-    data.run_main(data.pass_rates)
+    data.run_main(data.pass_rates, "the same command goes on")

@@ -8,8 +8,9 @@ domains are weighted so that all improve at one rate, judged by the losses alone
 - loss: ℓ_k = R_max − R̄_k with R̄_k the domain's mean reward in the mini-batch (it ascends along −∇L_GRPO,k) and
   R_max = --reward-max, above the largest reward;
 - w step: FAMO compares ℓ before and after a step on the same batch, which would take new rollouts. Here ℓ is compared
-  from mini-batch to mini-batch, as a moving mean (--famo-smooth), for their prompts differ;
-- absent: a domain without a row in the mini-batch keeps its ℓ, its w and Adam's moments.
+  from rollout to rollout, at each one's first mini-batch (those after it were sampled by the same policy), as a moving
+  mean over mini-batches (--famo-smooth), for their prompts differ;
+- absent: a domain without a row in the mini-batch keeps its ℓ, its w and Adam's moments; z runs over the others.
 One domain alone has q = 1: GRPO.
 
     python famo.py                                                                  # the toy, ~2 minutes on 2 cores
@@ -107,10 +108,10 @@ def load_policy(name: str, dtype: str):
 
 # ---------------- ALGO: state ----------------
 def init_state(args, policy) -> dict:
-    """By domain's name: the logits w, with their Adam, and the last smoothed ℓ of the domains seen so far."""
+    """By domain's name: the logits w, with their Adam; of domains seen, the smoothed ℓ, now and at the last w step."""
     w = torch.nn.ParameterDict({domain: torch.zeros(()) for domain in DOMAINS})
     adam = torch.optim.Adam(w.values(), args.famo_lr, weight_decay=args.famo_decay)
-    return {"w": w, "w_optimizer": adam, "loss": {}}
+    return {"w": w, "w_optimizer": adam, "loss": {}, "compared": {}}
 
 
 # ---------------- SHARED: rollout ----------------
@@ -495,7 +496,8 @@ def update(policy, optimizer, batch: Batch, lr: float, key: tuple, state: dict, 
     sums = ranks.reduce([x for rows in in_K for x in (rows.sum(), batch["reward"][rows].sum(), size_B[rows].sum())])
     rows_K, reward_K, size_K = sums[::3], sums[1::3], sums[2::3]
     present = [k for k, rows in enumerate(rows_K) if rows]
-    q_k = domain_weights({DOMAINS[k]: args.reward_max - reward_K[k] / rows_K[k] for k in present}, state, args)
+    loss_k = {DOMAINS[k]: args.reward_max - reward_K[k] / rows_K[k] for k in present}
+    q_k = domain_weights(loss_k, key[2] == 0, state, args)
     scale_B = torch.zeros(len(batch["mask"]))
     for k in present:  # backward() counts its denominators over all domains: undo each one's share
         scale_B[in_K[k]] = q_k[DOMAINS[k]] * sum(size_K) / size_K[k]
@@ -504,16 +506,18 @@ def update(policy, optimizer, batch: Batch, lr: float, key: tuple, state: dict, 
         f"domain_weight/{domain}": q for domain, q in q_k.items()}
 
 
-def domain_weights(loss_k: dict[str, float], state: dict, args) -> dict[str, float]:
-    """q of the header by domain, from this mini-batch's ℓ by domain; first steps w by how ℓ moved since the last."""
-    last = {domain: state["loss"].get(domain, loss) for domain, loss in loss_k.items()}
-    now = {domain: args.famo_smooth * last[domain] + (1 - args.famo_smooth) * loss for domain, loss in loss_k.items()}
+def domain_weights(loss_k: dict[str, float], first: bool, state: dict, args) -> dict[str, float]:
+    """q of the header by domain, from this mini-batch's ℓ by domain. In a rollout's first one, w steps before."""
+    keep = args.famo_smooth
+    now = {domain: keep * state["loss"].get(domain, loss) + (1 - keep) * loss for domain, loss in loss_k.items()}
     state["loss"] |= now
-    z_k = torch.softmax(torch.stack([state["w"][domain] for domain in now]), 0)
-    fell_k = torch.tensor([np.log(last[domain] / now[domain]) for domain in now], dtype=z_k.dtype)
-    (z_k @ fell_k).backward()                                                    # J_softmax(z)ᵀ (log ℓ_prev − log ℓ)
-    state["w_optimizer"].step()
-    state["w_optimizer"].zero_grad(set_to_none=True)
+    if first:
+        z_k = torch.softmax(torch.stack([state["w"][domain] for domain in now]), 0)
+        fell_k = torch.tensor([np.log(state["compared"].get(domain, loss) / loss) for domain, loss in now.items()])
+        (z_k @ fell_k.to(z_k)).backward()                                        # J_softmax(z)ᵀ (log ℓ_prev − log ℓ)
+        state["w_optimizer"].step()
+        state["w_optimizer"].zero_grad(set_to_none=True)
+        state["compared"] |= now
     with torch.no_grad():
         z_k = torch.softmax(torch.stack([state["w"][domain] for domain in now]).double(), 0)
     pull_k = (z_k / torch.tensor(list(now.values()))).numpy()
@@ -536,6 +540,7 @@ def main(argv: list[str] | None = None) -> Path:
     rewards.check_rows(train_rows + eval_rows, args.judge_url, args.sandbox_url)
     mix = data.domain_mix(train_rows, args.domain_mix)
     steps = args.steps or max(1, len(train_rows) // args.batch_prompts)
+    plan = data.schedule(train_rows, mix, steps, args)
     minis = args.batch_prompts // args.mini_batch_prompts
     if args.mini_batch_prompts < ranks.count():
         raise UserError(f"--mini-batch-prompts {args.mini_batch_prompts}: fewer than the {ranks.count()} ranks")
@@ -559,7 +564,7 @@ def main(argv: list[str] | None = None) -> Path:
     if not start:
         log.write({"step": 0} | evaluate(policy, tokenizer, eval_rows, args))
     started = time.perf_counter()
-    for step, rows in enumerate(data.schedule(train_rows, mix, steps, args)[start:], start + 1):
+    for step, rows in enumerate(plan[start:], start + 1):
         key = (args.seed, step)
         batch, whole, samples, seconds = rollout(policy, tokenizer, rows, args.group_size, key, args.temperature, args)
         clock = time.perf_counter()

@@ -119,7 +119,7 @@ def init_state(args, policy) -> dict:
         torch.manual_seed(args.seed)
         head = torch.nn.Sequential(torch.nn.Linear(policy.model.config.hidden_size, 256), torch.nn.GELU(),
                                    torch.nn.Linear(256, 128)).to(policy.device)
-    return {"head": head, "head_optimizer": torch.optim.AdamW(head.parameters(), args.head_lr)}
+    return {"head": head, "head_optimizer": torch.optim.AdamW(head.parameters(), args.head_lr, weight_decay=0.0)}
 
 
 # ---------------- SHARED: rollout ----------------
@@ -455,8 +455,8 @@ def moves_the_policy(batch: Batch) -> torch.Tensor:
     return moves_B | (batch["h_gradient"] != 0).any(2).any(1) if "h_gradient" in batch else moves_B
 
 
-def contrast(head, h_BH, correct_B, domain_B, place_B, args):
-    """(λ_cross L_cross + λ_in L_in, metrics). place: a row's prompt, counted in the mini-batch's order.
+def contrast(head, h_BH, correct_B, domain_B, group_B, args):
+    """(λ_cross L_cross + λ_in L_in, metrics) of a mini-batch's rows.
 
     For each term: its loss, the share of anchors with a positive, the mean z_i·z_j of positive and of negative pairs
     (cross: of different domains; in: of one).
@@ -468,7 +468,7 @@ def contrast(head, h_BH, correct_B, domain_B, place_B, args):
     near_AK = (h_AH @ h_AH.T).masked_fill(same_AA, -2.0).topk(min(args.top_k, len(anchor))).indices
     positives = {"cross": torch.zeros_like(same_AA).scatter(1, near_AK, True) & ~same_AA,
                  "in": same_AA & ~torch.eye(len(anchor), dtype=torch.bool, device=anchor.device)}
-    ahead_AW = (place_B[wrong] - place_B[anchor, None]) % (int(place_B.max()) + 1)     # 0: the anchor's own prompt
+    ahead_AW = (group_B[wrong] - group_B[anchor, None]) % (int(group_B.max()) + 1)     # 0: the anchor's own prompt
     pool_AN = ahead_AW.argsort(dim=1, stable=True)[:, :args.pool_size]
     cosine_AA, cosine_AN = z_BD[anchor] @ z_BD[anchor].T, (z_BD[anchor] @ z_BD[wrong].T).gather(1, pool_AN)
     same_AN = domain_B[wrong][pool_AN] == domain_B[anchor, None]
@@ -549,8 +549,7 @@ def pool_gradient(policy, batch: Batch, key: tuple, state: dict, args):
     parts = ranks.gather((h_B1H, batch["correct"], batch["domain"], batch["group"]))
     h_B1H, correct_B, domain_B, group_B = (torch.cat(column).to(policy.device) for column in zip(*parts))
     h_B1H.requires_grad_()
-    place_B = group_B.unique(return_inverse=True)[1]
-    loss, found = contrast(state["head"], h_B1H[:, 0], correct_B, domain_B, place_B, args)
+    loss, found = contrast(state["head"], h_B1H[:, 0], correct_B, domain_B, group_B, args)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(state["head"].parameters(), args.max_grad_norm or float("inf"))
     state["head_optimizer"].step()
@@ -574,6 +573,7 @@ def main(argv: list[str] | None = None) -> Path:
     rewards.check_rows(train_rows + eval_rows, args.judge_url, args.sandbox_url)
     mix = data.domain_mix(train_rows, args.domain_mix)
     steps = args.steps or max(1, len(train_rows) // args.batch_prompts)
+    plan = data.schedule(train_rows, mix, steps, args)
     minis = args.batch_prompts // args.mini_batch_prompts
     if args.mini_batch_prompts < ranks.count():
         raise UserError(f"--mini-batch-prompts {args.mini_batch_prompts}: fewer than the {ranks.count()} ranks")
@@ -597,7 +597,7 @@ def main(argv: list[str] | None = None) -> Path:
     if not start:
         log.write({"step": 0} | evaluate(policy, tokenizer, eval_rows, args))
     started = time.perf_counter()
-    for step, rows in enumerate(data.schedule(train_rows, mix, steps, args)[start:], start + 1):
+    for step, rows in enumerate(plan[start:], start + 1):
         key = (args.seed, step)
         batch, whole, samples, seconds = rollout(policy, tokenizer, rows, args.group_size, key, args.temperature, args)
         clock = time.perf_counter()

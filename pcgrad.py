@@ -502,8 +502,9 @@ def update(policy, optimizer, batch: Batch, lr: float, key: tuple, state: dict, 
     norm_K = dots_KK.diagonal() ** 0.5                                           # 0: all its groups are all-equal
     cosines = {f"cosine/{DOMAINS[present[i]]}-{DOMAINS[present[j]]}": dots_KK[i, j] / (norm_K[i] * norm_K[j])
                for i in range(len(present)) for j in range(i + 1, len(present)) if norm_K[i] and norm_K[j]}
+    loss = sum(part["loss"] * size_K[k] / sum(size_K) for k, part in zip(present, stats))
     return analyze.mean_stats(stats) | cosines | {
-        "grad_norm": optimizer_step(policy, optimizer, lr, args), "extra_gradients_gib": extra}
+        "loss": loss, "grad_norm": optimizer_step(policy, optimizer, lr, args), "extra_gradients_gib": extra}
 
 
 def projected_sum(dots_KK, key: tuple) -> list[float]:
@@ -536,6 +537,7 @@ def main(argv: list[str] | None = None) -> Path:
     rewards.check_rows(train_rows + eval_rows, args.judge_url, args.sandbox_url)
     mix = data.domain_mix(train_rows, args.domain_mix)
     steps = args.steps or max(1, len(train_rows) // args.batch_prompts)
+    plan = data.schedule(train_rows, mix, steps, args)
     minis = args.batch_prompts // args.mini_batch_prompts
     if args.mini_batch_prompts < ranks.count():
         raise UserError(f"--mini-batch-prompts {args.mini_batch_prompts}: fewer than the {ranks.count()} ranks")
@@ -559,7 +561,7 @@ def main(argv: list[str] | None = None) -> Path:
     if not start:
         log.write({"step": 0} | evaluate(policy, tokenizer, eval_rows, args))
     started = time.perf_counter()
-    for step, rows in enumerate(data.schedule(train_rows, mix, steps, args)[start:], start + 1):
+    for step, rows in enumerate(plan[start:], start + 1):
         key = (args.seed, step)
         batch, whole, samples, seconds = rollout(policy, tokenizer, rows, args.group_size, key, args.temperature, args)
         clock = time.perf_counter()

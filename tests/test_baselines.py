@@ -102,7 +102,7 @@ def test_the_products_alone_give_algorithm_1_in_every_order():
 @pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
 def test_the_update_follows_the_projected_sum_over_all_parameters(norm):
     policy = make_policy()
-    batch, args = make_batch(policy, prompts=(3, 2, 1), seed=1), flags(pcgrad, "--loss-norm", norm)
+    batch, args = make_batch(policy, prompts=(3, 2, 1), seed=1), flags(pcgrad, "--loss-norm", norm, "--beta", 0.5)
     batch["domain"] = torch.tensor([DOMAINS.index(d) for d in ("code", "math", "if")])[batch["domain"]]  # not in DOMAINS' order
     grpo.backward(policy, batch, args)
     joint = gradients(policy)
@@ -120,6 +120,7 @@ def test_the_update_follows_the_projected_sum_over_all_parameters(norm):
     assert stats["cosine/math-code"] == pytest.approx(torch.cosine_similarity(parts[0], parts[1], 0).item(), abs=1e-5)
     assert stats["extra_gradients_gib"] == pytest.approx(2 * joint.numel() * 4 / 2**30)
     assert stats["grad_norm"] == pytest.approx(catch.seen.norm().item(), rel=1e-5)
+    assert stats["loss"] == pytest.approx(grpo.backward(make_policy(), batch, args)["loss"], rel=1e-5)
 
 
 def test_a_conflict_between_domains_is_projected_away():
@@ -151,7 +152,7 @@ def test_the_weights_by_hand_over_three_batches():
         w.grad = (torch.diag(z) - z[:, None] * z) @ (torch.log(last / now) if last is not None else torch.zeros(3))
         adam.step()
         z = torch.softmax(w.detach(), 0)
-        q = famo.domain_weights(dict(zip(names, losses)), state, args)
+        q = famo.domain_weights(dict(zip(names, losses)), True, state, args)
         assert list(q) == names and list(q.values()) == pytest.approx((z / now / (z / now).sum()).tolist(), rel=1e-5)
         assert sum(q.values()) == pytest.approx(1)
         last = now
@@ -161,23 +162,24 @@ def test_the_weights_by_hand_over_three_batches():
 def test_a_domain_that_is_absent_keeps_its_loss_its_logit_and_its_moments():
     args = flags(famo, "--famo-decay", 0.1)
     state = famo.init_state(args, None)
-    famo.domain_weights({"math": 1.0, "code": 2.0}, state, args)
-    famo.domain_weights({"math": 0.7, "code": 1.9}, state, args)
+    famo.domain_weights({"math": 1.0, "code": 2.0}, True, state, args)
+    famo.domain_weights({"math": 0.7, "code": 1.9}, True, state, args)
     kept = (state["loss"]["math"], state["w"]["math"].item(), state["w_optimizer"].state[state["w"]["math"]]["exp_avg"].item())
     assert kept[1] != 0 and kept[2] != 0
-    q = famo.domain_weights({"code": 1.5, "writing": 1.0}, state, args)
+    q = famo.domain_weights({"code": 1.5, "writing": 1.0}, True, state, args)
     assert kept == (state["loss"]["math"], state["w"]["math"].item(), state["w_optimizer"].state[state["w"]["math"]]["exp_avg"].item())
     assert q.keys() == {"code", "writing"} and state["w"]["if"] == 0 and "if" not in state["loss"]
 
 
-@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
-def test_one_backward_pass_gives_the_weighted_sum_of_the_domains_gradients(norm):
+@pytest.mark.parametrize("norm, beta", [("sequence", 0.001), ("token", 0), ("constant", 0.5)])
+def test_one_backward_pass_gives_the_weighted_sum_of_the_domains_gradients(norm, beta):
     policy = make_policy()
-    batch, args = make_batch(policy, prompts=(3, 2, 1), seed=1), flags(famo, "--loss-norm", norm)
+    batch, args = make_batch(policy, prompts=(3, 2, 1), seed=1), flags(famo, "--loss-norm", norm, "--beta", beta, "--reward-max", 3)
+    batch["reward"] = 1.5 * batch["reward"] - 0.5                       # not the 0 and 1 of "correct"
     parts = domain_gradients(policy, batch, args)
     catch = Catch(policy.parameters(), 1e-3)
     stats = famo.update(policy, catch, batch, 1e-3, (0, 1, 0), famo.init_state(args, policy), args)
-    losses = [2.0 - batch["reward"][batch["domain"] == k].mean().item() for k in range(3)]
+    losses = [3.0 - batch["reward"][batch["domain"] == k].mean().item() for k in range(3)]
     q = [1 / loss / sum(1 / x for x in losses) for loss in losses]      # w = 0 at first
     assert [stats[f"domain_weight/{d}"] for d in ("math", "code", "science")] == pytest.approx(q)
     assert (catch.seen - sum(a * g for a, g in zip(q, parts))).norm() < 1e-6 * catch.seen.norm()
@@ -186,6 +188,17 @@ def test_one_backward_pass_gives_the_weighted_sum_of_the_domains_gradients(norm)
 def test_smoothing_keeps_a_share_of_the_last_loss():
     args = flags(famo, "--famo-smooth", 0.75)
     state = famo.init_state(args, None)
-    famo.domain_weights({"math": 1.0}, state, args)
-    famo.domain_weights({"math": 0.6}, state, args)
+    famo.domain_weights({"math": 1.0}, True, state, args)
+    famo.domain_weights({"math": 0.6}, True, state, args)
     assert state["loss"]["math"] == pytest.approx(0.9)
+
+
+def test_w_steps_once_a_rollout_by_what_all_its_mini_batches_showed():
+    """Mini-batches of one rollout were sampled by one policy: what differs between them is no improvement."""
+    args = flags(famo, "--famo-smooth", 0)
+    state = famo.init_state(args, None)
+    famo.domain_weights({"math": 1.0, "code": 1.0}, True, state, args)
+    famo.domain_weights({"math": 0.5, "code": 1.0}, False, state, args)
+    assert all(w == 0 for w in state["w"].values()) and state["loss"]["math"] == 0.5 and state["compared"]["math"] == 1.0
+    famo.domain_weights({"math": 0.8, "code": 1.0}, True, state, args)  # 1.0 → 0.8: math improved and loses weight
+    assert state["w"]["math"] < 0 < state["w"]["code"] and state["compared"]["math"] == 0.8

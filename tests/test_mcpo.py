@@ -28,7 +28,7 @@ def setup(architecture="gpt2", *extra, **kwargs):
     return policy, batch, mcpo.init_state(args, policy), args
 
 
-def one_graph(policy, batch, head, args):
+def one_graph(policy, batch, head, args, norm="sequence"):
     """(L_GRPO + λ_cross L_cross + λ_in L_in, the last two by name) in one graph, pair by pair, over unpadded rows."""
     B, h, grpo_loss = len(batch["ids"]), [], 0.0
     for b in range(B):
@@ -39,7 +39,8 @@ def one_graph(policy, batch, head, args):
         ratio, ref = torch.exp(logp - batch["old_logp"][b, start:n]), batch["ref_logp"][b, start:n] - logp
         A = batch["advantage"][b, start]
         each = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.28) * A) + args.beta * (ref.exp() - ref - 1)
-        grpo_loss = grpo_loss + each.mean() / B
+        grpo_loss = grpo_loss + each.sum() / {"sequence": B * len(each), "token": int(batch["mask"].sum()),
+                                              "constant": B * args.max_new_tokens}[norm]
     z = [head(x) / head(x).norm() for x in h]
     right, domain, group = batch["correct"].tolist(), batch["domain"].tolist(), batch["group"].tolist()
     groups, terms = len(set(group)), {"cross": [], "in": []}
@@ -55,13 +56,14 @@ def one_graph(policy, batch, head, args):
     return grpo_loss + args.lambda_cross * losses["cross"] + args.lambda_in * losses["in"], losses
 
 
-@pytest.mark.parametrize("extra", [(), ("--lambda-in", 0), ("--lambda-cross", 0, "--tau", 0.5), ("--top-k", 1, "--pool-size", 2)])
+@pytest.mark.parametrize("extra", [(), ("--lambda-in", 0), ("--lambda-cross", 0, "--tau", 0.5, "--loss-norm", "token"),
+                                   ("--top-k", 1, "--pool-size", 2, "--loss-norm", "constant")])
 def test_gradients_are_those_of_one_graph_for_any_micro_batch(extra, architecture, float64):
     """For the policy and for the head, whether the h are reused or made anew (then old_h is rubbish here)."""
     policy, batch, state, args = setup(architecture, "--lambda-cross", 3, "--lambda-in", 2, *extra)
     batch["old_logp"] = batch["old_logp"] + 0.05 * torch.randn(batch["old_logp"].shape) * batch["mask"]
     head = state["head"]
-    loss, losses = one_graph(policy, batch, head, args)
+    loss, losses = one_graph(policy, batch, head, args, args.loss_norm)
     loss.backward()
     expected, head_expected = gradients(policy), gradients(head)
     grpo.backward(policy, batch, args)
@@ -140,7 +142,7 @@ def test_anchors_without_a_positive_or_a_negative_count_for_nothing(correct, dom
     assert all(value == value for value in found.values())
     assert [name for name in ("cross", "in") if found[f"contrast/{name}/loss"] > 0] == terms
     if not terms:
-        assert loss == 0
+        assert loss == 0 and found.get("contrast/in/anchors", 0) == found.get("contrast/cross/anchors", 0) == 0
 
 
 def test_positives_and_the_pool_by_hand():
@@ -175,6 +177,33 @@ def test_the_cross_loss_falls_step_by_step_on_a_planted_example():
     optimizer = torch.optim.SGD(policy.parameters(), 0)
     falls = [mcpo.update(policy, optimizer, batch, 0.05, (0, step, 1), state, args)["contrast/cross/loss"] for step in range(12)]
     assert all(b < a for a, b in zip(falls, falls[1:])) and falls[-1] < 0.5 * falls[0]
+
+
+def test_the_head_has_a_clip_and_a_rate_of_its_own():
+    """Outside the policy's norm; its rate is --head-lr; its start is the seed's."""
+    policy, batch, state, args = setup("gpt2", "--max-grad-norm", 1e-3, "--head-lr", 0.5, "--lambda-in", 5)
+    assert state["head_optimizer"].param_groups[0]["lr"] == 0.5
+    start = parameters(state["head"])
+    state["head_optimizer"] = torch.optim.SGD(state["head"].parameters(), 1.0)
+    twin = copy.deepcopy(state["head"])
+    h_gradient, _ = mcpo.pool_gradient(policy, batch, (0, 1, 0), {
+        "head": twin, "head_optimizer": torch.optim.SGD(twin.parameters(), 0.0)}, args)
+    mcpo.backward(policy, batch | {"h_gradient": h_gradient}, args)
+    expected = gradients(policy).norm()
+    stats = mcpo.update(policy, torch.optim.SGD(policy.parameters(), 0.0), batch, 0.0, (0, 1, 0), state, args)
+    assert (parameters(state["head"]) - start).norm() == pytest.approx(1e-3, rel=1e-3)
+    assert stats["grad_norm"] == pytest.approx(expected.item(), rel=1e-5)
+    again, other = (mcpo.init_state(flags("--seed", seed), policy)["head"] for seed in (0, 1))
+    assert torch.equal(parameters(again), start) and not torch.equal(parameters(other), start)
+
+
+def test_a_steps_first_mini_batch_needs_no_pass_of_its_own(monkeypatch):
+    policy, batch, state, args = setup()
+    calls, honest = [], mcpo.log_probs
+    monkeypatch.setattr(mcpo, "log_probs", lambda *rest: (calls.append(1), honest(*rest))[1])
+    for mini, count in ((0, 0), (1, 1), (2, 2)):
+        mcpo.update(policy, torch.optim.AdamW(policy.parameters(), 1e-3), batch, 1e-3, (0, 1, mini), state, args)
+        assert len(calls) == count
 
 
 def test_the_head_is_kept_by_the_trainer_and_not_exported(toy, tmp_path):

@@ -27,7 +27,8 @@ def torchrun(count: int, *command, **kwargs):
 def assert_same_numbers(a, b, within=1e-5):
     for one, two in zip(metrics(a), metrics(b), strict=True):
         assert one.keys() == two.keys()
-        own = ("verdicts", "extra_gradients_gib")                       # the latter: of one rank
+        own = ("verdicts", "extra_gradients_gib")                       # the latter: of one of two ranks
+        assert one.get("extra_gradients_gib", 0) == 2 * two.get("extra_gradients_gib", 0)
         assert {k: v for k, v in one.items() if k not in own} == pytest.approx(
             {k: v for k, v in two.items() if k not in own}, rel=within, abs=within)
     assert (a / "samples.jsonl").read_text() == (b / "samples.jsonl").read_text()

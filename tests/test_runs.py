@@ -343,7 +343,8 @@ def test_pass_rates_order_a_self_paced_run(toy, tmp_path, capsys, monkeypatch):
     rows = [row for row in data.toy_rows() if row["domain"] in ("science", "if")]
     data.write_jsonl(tmp_path / "rows.jsonl", rows + [{"id": "long", "domain": "if", "prompt": "say " * 30, "constraints": []}])
     assert "no row has a \"pass_rate\"" in fails(["--curriculum", "self-paced", "--out", str(tmp_path / "x")], capsys)
-    flags = ["pass-rate", "--model", "toy", "--data", str(tmp_path / "rows.jsonl"), "--samples", "4", "--out"]
+    assert not (tmp_path / "x").exists()                                # told before anything is made
+    flags = ["pass-rate", "--model", "toy", "--data", str(tmp_path / "rows.jsonl"), "--samples", "4", "--batch-prompts", "64", "--out"]
     rated = data.pass_rates([*flags, str(tmp_path / "rated.jsonl")])
     printed = capsys.readouterr().out
     assert f"{len(rows) + 1} rows, 1 without a pass rate" in printed and "left" in printed
@@ -361,6 +362,11 @@ def test_pass_rates_order_a_self_paced_run(toy, tmp_path, capsys, monkeypatch):
         patch.setattr(grpo, "rollout", killed)
         data.pass_rates([*flags, str(tmp_path / "again.jsonl")])
     assert not (tmp_path / "again.jsonl").exists()
+    text = (tmp_path / "rows.jsonl").read_text()
+    data.write_jsonl(tmp_path / "rows.jsonl", rows[5:])
+    again = [*flags, str(tmp_path / "again.jsonl")]
+    assert "other flags or rows" in fails(again, capsys, lambda: data.pass_rates(again))
+    (tmp_path / "rows.jsonl").write_text(text)
     data.pass_rates([*flags, str(tmp_path / "again.jsonl")])
     assert "; 128 are done" in capsys.readouterr().out and rated.read_text() == (tmp_path / "again.jsonl").read_text()
     assert sorted(p.name for p in tmp_path.glob("*jsonl*")) == ["again.jsonl", "rated.jsonl", "rows.jsonl"]
@@ -369,7 +375,11 @@ def test_pass_rates_order_a_self_paced_run(toy, tmp_path, capsys, monkeypatch):
     easy, hard = (np.mean([v for line in part for k, v in line.items() if k.startswith("accuracy/")])
                   for part in (lines[1:4], lines[-3:]))
     assert easy > hard + 0.4
-    assert "it exists" in fails([*flags, str(rated)], capsys, lambda: data.pass_rates([*flags, str(rated)]))
+    new = [*flags, str(tmp_path / "new.jsonl")]
+    for more, message in ((["--out", str(rated)], "it exists"), (["--temperature", "-1"], "must be positive"), (["--samples", "0"], "positive"),
+                          (["--max-new-tokens", "200"], "exceed the model's context of 64")):
+        assert message in fails([*new, *more], capsys, lambda: data.pass_rates([*new, *more]))  # noqa: B023
+    assert not (tmp_path / "new.jsonl").exists()
 
 
 def test_resuming_a_finished_run_with_more_steps_goes_on(whole_run, tmp_path):
