@@ -4,9 +4,10 @@
     python study.py --report             # the table and the figure alone, from assets/study.jsonl
 
 All methods of a seed start from one warm start and see 160 steps × 20 prompts × 8 responses; accuracy is that of 8 sampled
-responses to prompts that no run trains on, after the last step. Each method's learning rate is the best of three on a
-seed that is not reported, judged by prompts that are neither trained on there nor reported: under Adam two methods with
-equal learning rates move by different lengths, so an equal rate would compare step sizes (‖θ − θ_0‖ is in the table).
+responses to prompts that no run trains on, after the last step. Each method's learning rate is the best of three or more
+(by factors of two, until the best lies between others) on a seed that is not reported, judged by prompts that are neither
+trained on there nor reported: under Adam two methods with equal learning rates move by different lengths, so an equal rate
+would compare step sizes (‖θ − θ_0‖ is in the table).
 Differences from joint GRPO are paired by seed; p is a two-sided t-test's, starred where Holm's correction over the
 setting's methods keeps it below 0.05. A finished run is a line of assets/study.jsonl: stop at any moment, go on any day.
 """
@@ -30,7 +31,7 @@ import sft
 from data import DOMAINS, UserError
 
 LOW, MIDDLE, HIGH = (1.25e-4, 2.5e-4, 5e-4), (2.5e-4, 5e-4, 1e-3), (5e-4, 1e-3, 2e-3)
-METHODS = {  # name: (file, flags, the learning rates tried); a method more is a line more
+METHODS = {  # name: (file, flags, the learning rates tried first); a method more is a line more
     "joint GRPO": ("grpo", [], MIDDLE),
     "CGPO": ("cgpo", [], HIGH),
     "CGPO, domains mixed": ("cgpo", ["--order", "mixed"], HIGH),
@@ -40,8 +41,8 @@ METHODS = {  # name: (file, flags, the learning rates tried); a method more is a
     "CGPO, loss weighted": ("cgpo", ["--domain-weight", "loss"], LOW),
     "FAMO": ("famo", [], MIDDLE),
     "PCGrad": ("pcgrad", [], MIDDLE),
-    "Omni-Thinker": ("grpo", ["--curriculum", "omni-thinker"], MIDDLE),
-    "self-paced": ("grpo", ["--curriculum", "self-paced"], MIDDLE),
+    "Omni-Thinker": ("grpo", ["--curriculum", "omni-thinker"], LOW),
+    "self-paced": ("grpo", ["--curriculum", "self-paced"], LOW),
     "MCPO": ("mcpo", [], MIDDLE),
     "MCPO, λ_cross 0": ("mcpo", ["--lambda-cross", "0"], MIDDLE),
     "MCPO, λ_in 0": ("mcpo", ["--lambda-in", "0"], MIDDLE)}
@@ -61,11 +62,11 @@ def one(run: dict) -> dict:
     """Train and evaluate; the run with what came out of it. In a process of its own, on one thread."""
     torch.set_num_threads(1)
     file, flags, _ = METHODS[run["method"]]
-    module, seed, tuning = importlib.import_module(file), run["seed"], run["seed"] == TUNING_SEED
+    module, seed, tunes = importlib.import_module(file), run["seed"], run["seed"] == TUNING_SEED
     folder = data.RUNS / "study" / "-".join(map(str, [run["setting"], run["method"].replace(" ", "_"), seed, run["lr"]]))
     shutil.rmtree(folder, ignore_errors=True)
     start, hold_out, update = prepare(seed), data.hold_out, module.update
-    if tuning:  # the reported held-out prompts are out of sight, neither trained on nor looked at
+    if tunes:  # the reported held-out prompts are out of sight, neither trained on nor looked at
         data.hold_out = lambda rows, count: hold_out(hold_out(rows, count)[0], count)
 
     def update_and_look(policy, optimizer, batch, lr, key, state, args):
@@ -121,11 +122,15 @@ def results() -> list[dict]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
-def best_lr(found: list[dict], setting: str, method: str) -> float | None:
-    """The learning rate with the highest mean accuracy on the tuning seed; None until all were tried."""
-    tried = {r["lr"]: np.mean(list(r["accuracy"].values())) for r in found
-             if (r["setting"], r["method"], r["seed"]) == (setting, method, TUNING_SEED)}
-    return max(tried, key=tried.get) if tried.keys() >= set(METHODS[method][2]) else None
+def tuning(found: list[dict], setting: str, method: str) -> tuple[float | None, list[float]]:
+    """(the learning rate with the highest mean accuracy on the tuning seed, those to try before that is known: the first
+    ones, then, while the best is the largest or the smallest, the next; six at most)."""
+    tried = {r["lr"]: mean_of(r) for r in found if (r["setting"], r["method"], r["seed"]) == (setting, method, TUNING_SEED)}
+    to_try = [lr for lr in METHODS[method][2] if lr not in tried]
+    if not to_try and len(tried) < 6:
+        best = max(tried, key=tried.get)
+        to_try = [2 * best] * (best == max(tried)) + [best / 2] * (best == min(tried))
+    return (None, to_try) if to_try else (max(tried, key=tried.get), [])
 
 
 def missing(found: list[dict], args) -> list[dict]:
@@ -134,8 +139,8 @@ def missing(found: list[dict], args) -> list[dict]:
     for seed in (TUNING_SEED, *range(args.seeds)):
         for setting in args.settings:
             for method in args.methods:
-                lr = best_lr(found, setting, method)
-                rates = METHODS[method][2] if seed == TUNING_SEED else [lr] if lr else []
+                lr, to_try = tuning(found, setting, method)
+                rates = to_try if seed == TUNING_SEED else [lr] if lr else []
                 wanted += [{"setting": setting, "method": method, "seed": seed, "lr": rate} for rate in rates]
     return [run for run in wanted if key(run) not in done]
 
@@ -149,7 +154,7 @@ def run_all(args) -> None:
         workers.map(prepare, seeds, chunksize=1)
     started, finished = time.perf_counter(), 0
     while runs := missing(results(), args):
-        untuned = sum(best_lr(results(), s, m) is None for s in args.settings for m in args.methods)
+        untuned = sum(tuning(results(), s, m)[0] is None for s in args.settings for m in args.methods)
         to_come = len(runs) + untuned * args.seeds
         with pool() as workers:
             for result in workers.imap_unordered(one, runs):
@@ -206,7 +211,7 @@ def reported(found: list[dict], setting: str) -> dict[str, dict[int, dict]]:
     """{method: {seed: its run at the chosen learning rate}}"""
     runs = {}
     for r in found:
-        if r["setting"] == setting and r["seed"] != TUNING_SEED and r["lr"] == best_lr(found, setting, r["method"]):
+        if r["setting"] == setting and r["seed"] != TUNING_SEED and r["lr"] == tuning(found, setting, r["method"])[0]:
             runs.setdefault(r["method"], {})[r["seed"]] = r
     return {method: runs[method] for method in METHODS if method in runs}
 
@@ -228,8 +233,7 @@ def report() -> str:
             of = list(by_seed.values())
             cells = [f"{np.mean(v):.2f} ± {standard_error(v):.2f}" for v in ([r["accuracy"][d] for r in of] for d in domains)]
             gap = paired(runs, method, "joint GRPO") if method != "joint GRPO" else []
-            edge = "" if of[0]["lr"] == METHODS[method][2][1] else "†"
-            text.append(f"| {method} | {len(of)} | {of[0]['lr']:g}{edge} | " + " | ".join(cells) + " | "
+            text.append(f"| {method} | {len(of)} | {of[0]['lr']:g} | " + " | ".join(cells) + " | "
                         f"{np.mean([mean_of(r) for r in of]):.3f} ± {standard_error([mean_of(r) for r in of]):.3f} | "
                         + (f"{np.mean(gap):+.3f} ± {standard_error(gap):.3f} | {ps[method]:.2g}{'*' * (method in stars)}" if gap else "– | –")
                         + f" | {np.mean([r['moved'] for r in of]):.2f} | {np.mean([r['step_s'] for r in of]):.2f} | "
