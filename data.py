@@ -173,6 +173,11 @@ def run_main(main, goes_on: str = "--resume continues from the last checkpoint")
         sys.exit(f"{Path(sys.argv[0]).name}: {error}".replace("\n", " "))
     except KeyboardInterrupt:
         sys.exit(f"{Path(sys.argv[0]).name}: interrupted; {goes_on}")
+    if "RANK" in os.environ:  # gloo's threads abort the interpreter's exit now and then (NOTES.md): leave without it
+        barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def rng(*key) -> np.random.Generator:

@@ -130,7 +130,7 @@ def test_too_few_prompts_for_the_ranks_is_one_line(toy, tmp_path):
 
 GRADIENTS = """
 import json, sys, torch
-import grpo, ranks
+import data, grpo, ranks
 from conftest import make_batch, make_policy
 from torch.distributed.tensor import DTensor
 from importlib import import_module
@@ -155,7 +155,7 @@ def work():
     found = torch.cat([ranks.whole(p.grad).flatten() for p in policy.parameters()])
     if ranks.mine() == 0:
         torch.save({"gradient": torch.cat([found, head]), "stats": stats, "sharded": isinstance(next(policy.parameters()), DTensor)}, sys.argv[2])
-work()  # a policy that outlives it would keep gloo's threads beyond the exit
+data.run_main(work)
 """
 
 
