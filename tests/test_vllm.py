@@ -17,6 +17,7 @@ from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Lla
 
 import data
 import grpo
+import ranks
 import sft
 from conftest import ROOT
 from test_ranks import torchrun
@@ -110,20 +111,20 @@ def probe(architecture: str, folder: str) -> dict:
         (n, t) for n, t in kwargs["weights_iterator"] if n != norm)})
     error("left out", engine.sync_weights, policy)
     # two tensors of one shape change places on their way
-    engine.llm.collective_rpc, honest = send, policy.weights
+    engine.llm.collective_rpc, honest = send, ranks.weights
     names = [name for name, p in policy.model.named_parameters() if p.ndim == 2 and name.endswith("weight")]
     same = [[a, b] for a in names for b in names if a < b and a.replace(".0.", ".1.") == b][0]
     calls = []
 
-    def swapped(dtype):
+    def swapped(policy, dtype):
         calls.append(1)
-        tensors = dict(honest(dtype))
+        tensors = dict(honest(policy, dtype))
         if len(calls) == 1:
             tensors[same[0]], tensors[same[1]] = tensors[same[1]], tensors[same[0]]
         return iter(tensors.items())
-    policy.weights = swapped
+    ranks.weights = swapped
     error("swapped", engine.sync_weights, policy)
-    policy.weights = honest
+    ranks.weights = honest
     error("whole again", engine.sync_weights, policy)
     compare("again")
     return found
