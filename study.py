@@ -242,7 +242,7 @@ def report() -> str:
         text += ["", "; ".join(f"{a} − {b}: {np.mean(gap):+.3f} ± {standard_error(gap):.3f} (p {p_value(gap):.2g})"
                                for a, b, gap in pairs if gap) + ".", ""]
     draw(found)
-    return "\n".join(text).rstrip("\n")
+    return "\n".join(text).rstrip("\n").replace(" ± nan", "").replace(" nan", " –")  # one seed has no error
 
 
 def draw(found: list[dict]) -> None:

@@ -3,8 +3,10 @@ import numpy as np
 import pytest
 import torch
 
+import cgpo
 import famo
 import grpo
+import mcpo
 import pcgrad
 from conftest import gradients, make_batch, make_policy, parameters
 from data import DOMAINS
@@ -28,13 +30,14 @@ def test_one_domain_is_grpo_bit_for_bit(module, norm):
     assert torch.equal(*results) and not torch.equal(results[0], parameters(make_policy()))
 
 
-@pytest.mark.parametrize("module", [famo, pcgrad])
-def test_nothing_in_the_batch_is_mutated(module):
+@pytest.mark.parametrize("module", [grpo, cgpo, famo, pcgrad, mcpo])
+def test_no_update_mutates_its_batch(module):
     policy = make_policy()
     batch, args = make_batch(policy), flags(module)
     before = {k: v.clone() for k, v in batch.items()}
     module.update(policy, torch.optim.AdamW(policy.parameters(), 1e-3), batch, 1e-3, (0, 1, 0), module.init_state(args, policy), args)
     assert batch.keys() == before.keys() and all(torch.equal(batch[k], before[k]) for k in before)
+    assert not any(v.requires_grad for v in batch.values())
 
 
 def domain_gradients(policy, batch, args) -> list[torch.Tensor]:
