@@ -1,538 +1,459 @@
-"""MCPO: multi-domain contrastive policy optimization (Harmony in Diversity, arXiv 2605.25443): GRPO and two contrastive
-terms that pull correct rollouts together, across domains and within each, and incorrect ones away:
-    L       = L_GRPO + λ_cross L_cross + λ_in L_in
-    L_cross = mean over anchors i and positives j of −log( e^(z_i·z_j/τ) / (e^(z_i·z_j/τ) + Σ_n e^(z_i·z_n/τ)) )
-Only the paper's abstract and findings were at hand. All of this is our reading of them, assumption by assumption:
-- representation: h_i, the mean over the response's tokens of the last hidden layer; z_i = MLP(h_i) of length 1 (the
-  "lightweight head", H → 256 → 128), trained beside the policy by an AdamW and a clip of its own, not exported;
-- anchors: the correct rollouts of the mini-batch, on all ranks;
-- transferable: of the other domains' correct rollouts, the --top-k nearest to the anchor by the cosine of h (a constant
-  here, not differentiated) are its positives in L_cross;
-- consolidation: L_in is the same loss, the positives being all correct rollouts of the anchor's domain;
-- pool: n runs over incorrect rollouts, first those of the anchor's prompt, then of the prompts that follow it in the
-  mini-batch (round and round), --pool-size at most. No positive or no negative: the anchor counts for nothing.
-The policy's micro-batches cannot hold the pool. So the h come from a pass without gradient (for a step's first
-mini-batch the one that gave π_old), the pool's loss gives ∂L/∂h_i, and each row's backward pass adds ⟨h_i, ∂L/∂h_i⟩:
-exact, for any micro-batch and number of ranks.
+"""MCPO: multi-domain contrastive policy optimization (Harmony in Diversity, arXiv 2605.25443).
 
-    python mcpo.py                                                                  # the toy, ~2 minutes on 2 cores
+GRPO and two contrastive terms, which pull correct rollouts together, across domains and within
+each, and push incorrect ones away:
+
+    L       = L_GRPO + λ_cross L_cross + λ_in L_in
+    L_GRPO  = −1/B Σ_i 1/|y_i| Σ_t [ w_it min(ρ_it A_i, clip(ρ_it) A_i) − β KL_it ]       as grpo.py
+    L_cross = mean over anchors i and positives j of
+              −log( e^(z_i·z_j/τ) / (e^(z_i·z_j/τ) + Σ_n e^(z_i·z_n/τ)) )      n: the negatives
+    L_in    = the same over other positives
+
+Only the paper's abstract and findings were at hand. All of this is our reading of them, assumption
+by assumption:
+
+- Representation: h_i is the mean of the last hidden layer over the response's tokens, and
+  z_i = MLP(h_i), scaled to length 1 (the "lightweight head", H → 256 → 128). The head is trained
+  beside the policy, by its own AdamW and its own clip, and is not exported.
+- Anchors: the correct rollouts of the mini-batch, on all ranks.
+- L_cross, transfer: of the other domains' correct rollouts, the --top-k nearest to the anchor by
+  the cosine of h (a constant here, not differentiated) are its positives.
+- L_in, consolidation: the positives are all correct rollouts of the anchor's domain.
+- Pool: the negatives are incorrect rollouts, first those of the anchor's prompt, then those of the
+  prompts that follow it in the mini-batch (round and round), --pool-size at most. An anchor
+  without a positive or without a negative counts for nothing.
+
+The policy's micro-batches cannot hold the pool. So the h come from a pass without gradient (for
+a step's first mini-batch the one that gave π_old), the pool's loss gives ∂L/∂h_i, and each row's
+backward pass adds ⟨h_i, ∂L/∂h_i⟩: exact, for any micro-batch and number of ranks.
+
+    python mcpo.py                                          # the toy, ~2 minutes on 2 cores
     python mcpo.py --model Qwen2.5-7B-Instruct --data train.jsonl --judge-url http://localhost:8000
 
-Tensor suffixes: P prompts, G group size, B sequences (P·G), T tokens, V vocabulary, H hidden; in the pool: A anchors,
-N negatives, D the head's width.
+Suffixes give a tensor's shape: P prompts, G group size, B sequences (P·G), T tokens, V vocabulary,
+H hidden; in the pool: A anchors, W wrong rollouts, N negatives of an anchor, D the head's width.
 """
+
 # ---------------- SHARED: imports ----------------
 import copy
 import os
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
 
-import analyze
 import data
-import ranks
 import rewards
-from data import DOMAINS, UserError, fingerprint, micro_batches, rng, take
+from common import checkpoints, cli, engines, models, ranks, reports, runs, sampler
+from common.errors import UserError
+from common.keys import rng
+from data import micro_batches, take
+from sources.models import resolve_model
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 ALGORITHM = Path(__file__).stem
-Batch = dict[str, torch.Tensor]  # one line per sequence: [B], [B, T] or [B, 1, H]; never changed in place
+Batch = dict[
+    str, torch.Tensor
+]  # one row per sequence: [B], [B, T] or [B, 1, H]; never changed in place
 
 
 # ---------------- SHARED: arguments ----------------
-TOY = {"steps": 160, "batch_prompts": 20, "mini_batch_prompts": 20, "max_prompt_tokens": 16, "max_new_tokens": 18,
-       "lr": 5e-4, "adam_betas": (0.9, 0.99), "system_prompt": "", "data": ["toy"],
-       "domain_mix": "equal", "eval_prompts": 40, "eval_samples": 8,
-       "engine": "hf", "engine_memory": 0.02}  # vllm starts for longer than the toy trains
+TOY = {
+    "steps": 160,
+    "batch_prompts": 20,
+    "mini_batch_prompts": 20,
+    "max_prompt_tokens": 16,
+    "max_new_tokens": 18,
+    "lr": 5e-4,
+    "adam_betas": (0.9, 0.99),
+    "system_prompt": "",
+    "data": ["toy"],
+    "domain_mix": "equal",
+    "eval_prompts": 40,
+    "eval_samples": 8,
+    "engine": "hf",  # vllm takes longer to start than the toy takes to train
+    "engine_memory": 0.02,
+}
 
 
 def parse_args(argv: list[str] | None = None):
-    """Flags; the defaults are the CGPO paper's (sections 4.1 and C.4), and `--model toy` swaps in the toy's."""
-    parser = data.Parser(__doc__, toy=TOY | ALGO_TOY)
+    """The flags. Defaults are the CGPO paper's (sections 4.1 and C.4); --model toy has its own."""
+    parser = cli.Parser(__doc__, toy=TOY | ALGO_TOY)
     add = parser.add_argument
-    add("--steps", type=int, default=0, help="rollout steps; 0: one epoch")
-    add("--batch-prompts", type=int, default=128, help="prompts a step")
-    add("--mini-batch-prompts", type=int, default=64, help="prompts an update; divides --batch-prompts")
-    add("--group-size", type=int, default=8, help="responses a prompt (G)")
-    add("--beta", type=float, default=0.001, help="weight of the KL to the frozen start model; 0: none is kept")
-    add("--clip-low", type=float, default=0.2, help="ε_low")
-    add("--clip-high", type=float, default=0.28, help="ε_high")
-    add("--loss-norm", choices=["sequence", "token", "constant"], default="sequence",
-        help="mean per sequence then over sequences; over all tokens; or over sequences × --max-new-tokens")
-    add("--is-correction", choices=["auto", "mask", "truncate", "none"], default="auto",
-        help="of w = π_old/π_sampler: 0 outside [0.5, 2]; at most 2; not at all; auto: mask with vllm, none with hf")
-    add("--zero-advantage", choices=["auto", "keep", "drop"], default="auto",
-        help="rows without advantage: left out of the update's passes or not; auto: dropped when β = 0, which is exact")
-    data.add_flags(parser, *data.FLAGS)
+    add("--steps", type=cli.natural, default=0, help="rollout steps; 0: one epoch")
+    add("--batch-prompts", type=cli.positive_int, default=128, help="prompts per step")
+    add(
+        "--mini-batch-prompts",
+        type=cli.positive_int,
+        default=64,
+        help="prompts per update; divides --batch-prompts",
+    )
+    add(
+        "--group-size",
+        type=cli.positive_int,
+        default=8,
+        help="responses per prompt (G)",
+    )
+    add(
+        "--beta",
+        type=cli.non_negative_float,
+        default=0.001,
+        help="weight of the KL to the frozen start model; 0: no such model is kept",
+    )
+    add("--clip-low", type=float, default=0.2, help="ε_low of the clipped ratio")
+    add("--clip-high", type=float, default=0.28, help="ε_high of the clipped ratio")
+    add(
+        "--loss-norm",
+        choices=["sequence", "token", "constant"],
+        default="sequence",
+        help="average of the loss. sequence: over each sequence's tokens, then over sequences; "
+        "token: over all tokens; constant: the sum is divided by sequences × --max-new-tokens",
+    )
+    add(
+        "--is-correction",
+        choices=["auto", "mask", "truncate", "none"],
+        default="auto",
+        help="what becomes of w = π_old/π_sampler. mask: 0 outside [0.5, 2]; truncate: at most 2; "
+        "none: 1; auto: mask with vllm, none with hf",
+    )
+    add(
+        "--zero-advantage",
+        choices=["auto", "keep", "drop"],
+        default="auto",
+        help="whether rows without advantage go through the update's passes. auto: they do not "
+        "when β = 0, which changes nothing",
+    )
+    cli.add_flags(parser, *cli.FLAGS)
     add_algo_arguments(parser.add_argument_group("this algorithm's own flags"))
     args = parser.parse_args(argv)
     if args.model == "toy":
         parser.set_defaults(**(TOY | ALGO_TOY))
         args = parser.parse_args(argv)
-    data.check_args(parser, args)
+    check_arguments(parser, args)
     return args
+
+
+def check_arguments(parser, args) -> None:
+    """Checks between flags; a wrong one ends in parser.error. Fills in the default mixture."""
+    if args.batch_prompts % args.mini_batch_prompts:
+        parser.error(
+            f"--mini-batch-prompts {args.mini_batch_prompts} does not divide --batch-prompts "
+            f"{args.batch_prompts}"
+        )
+    check_algo_arguments(parser, args)
+    if not args.data:
+        args.data = ["cgpo"]  # the paper's mixture, as far as its checkers are at hand
+        if not args.domains:
+            args.domains = ["math", "code", "science"]
+            if args.judge_url:
+                args.domains.append("writing")
 
 
 # ---------------- ALGO: arguments ----------------
 ALGO_TOY = {}
 
 
-def add_algo_arguments(parser):
-    add = parser.add_argument
-    add("--lambda-cross", type=float, default=0.1, help="weight of L_cross, across domains; 0: without it")
-    add("--lambda-in", type=float, default=0.1, help="weight of L_in, within each domain; 0: without it")
-    add("--tau", type=float, default=0.1, help="temperature τ of the contrast")
-    add("--top-k", type=int, default=4, help="positives an anchor in L_cross (here not the sampler's top-k)")
-    add("--pool-size", type=int, default=64, help="negatives an anchor, at most")
-    add("--head-lr", type=float, default=1e-3, help="learning rate of the contrastive head")
+def add_algo_arguments(group) -> None:
+    add = group.add_argument
+    add(
+        "--lambda-cross",
+        type=cli.non_negative_float,
+        default=0.1,
+        help="weight of L_cross, across domains; 0: without it",
+    )
+    add(
+        "--lambda-in",
+        type=cli.non_negative_float,
+        default=0.1,
+        help="weight of L_in, within each domain; 0: without it",
+    )
+    add(
+        "--tau",
+        type=cli.positive_float,
+        default=0.1,
+        help="temperature τ of the contrast",
+    )
+    add(
+        "--top-k",
+        type=cli.positive_int,
+        default=4,
+        help="positives per anchor in L_cross (not the sampler's top-k)",
+    )
+    add(
+        "--pool-size",
+        type=cli.positive_int,
+        default=64,
+        help="negatives per anchor, at most",
+    )
+    add(
+        "--head-lr",
+        type=cli.positive_float,
+        default=1e-3,
+        help="learning rate of the contrastive head",
+    )
 
 
-# ---------------- SHARED: setup ----------------
-def load_policy(name: str, dtype: str):
-    """(tokenizer, Policy) with fp32 master weights, on the CPU (ranks.place() moves it). Raises UserError."""
-    tokenizer, model, stop_ids = data.load_model(name)
-    policy = Policy(model.eval(), len(tokenizer), stop_ids)  # eval: no dropout
-    ids_BT = torch.arange(8)[None]
-    with torch.no_grad():  # the chunked head against the model's own forward pass
-        ours_T = policy.own_logp(ids_BT[0].tolist())
-        own_TV = model(ids_BT).logits[0, :-1, :policy.vocab].log_softmax(-1)
-    policy.bf16 = dtype == "bfloat16" or dtype == "auto" and torch.cuda.is_available()
-    if not torch.allclose(own_TV.gather(-1, ids_BT[0, 1:, None])[:, 0], ours_T, atol=1e-3):
-        raise UserError(f"--model {name}: its logits are not its output head times its last hidden state (soft-capped "
-                        "or scaled, as in Gemma 2 and Granite); this file's log-probs would be wrong")
-    return tokenizer, policy
+def check_algo_arguments(parser, args) -> None:
+    if args.group_size < 2:
+        parser.error(f"--group-size {args.group_size}: an advantage needs at least 2 responses")
+
+
+# ---------------- SHARED: main ----------------
+def main(argv: list[str] | None = None) -> Path:
+    """Train as the flags say. Returns the run's folder."""
+    return train(setup(parse_args(argv)))
+
+
+def train(run: "Run", look=None) -> Path:
+    """The loop over the run's steps. Returns the run's folder.
+
+    look(policy, mini-batch, key, args), if given, is called before each update; what it returns is
+    logged beside the update's own statistics.
+    """
+    args, policy, tokenizer = run.args, run.policy, run.tokenizer
+    steps = len(run.plan)
+    mini_batches = args.batch_prompts // args.mini_batch_prompts
+    if not run.start:
+        run.log.write({"step": 0} | evaluate(policy, tokenizer, run.eval_rows, args))
+    started = time.perf_counter()
+    for step, rows in enumerate(run.plan[run.start :], run.start + 1):
+        key = (args.seed, step)  # of all random numbers of this step
+
+        # 1. Sample responses and score them.
+        batch, columns, samples, seconds = rollout(
+            policy, tokenizer, rows, args.group_size, key, args.temperature, args
+        )
+        rewards.stop_if_down(columns)
+
+        # 2. π_old and π_ref of every sampled token, before any update.
+        clock = time.perf_counter()
+        per_token = add_log_probs(policy, run.reference, batch, args)
+
+        # 3. How much better each response is than its group.
+        batch["importance"] = importance_weights(batch, args)
+        batch["advantage"] = advantages(batch, run.state, args)
+        seconds["logprobs"] = time.perf_counter() - clock
+
+        # 4. One update per mini-batch.
+        clock = time.perf_counter()
+        stats = []
+        for m in range(mini_batches):
+            in_mini_batch = batch["group"] // args.mini_batch_prompts == m
+            mini_batch = take(batch, in_mini_batch & is_trained_on(batch))
+            if not ranks.reduce([len(mini_batch["group"])])[0]:
+                continue  # every verifier call has failed
+            updates = (step - 1) * mini_batches + m + 1
+            lr = args.lr * min(1.0, updates / max(1, args.warmup_steps))
+            extra = look(policy, mini_batch, (*key, m), args) if look else {}
+            stats.append(
+                update(policy, run.optimizer, mini_batch, lr, (*key, m), run.state, args) | extra
+            )
+        seconds["update"] = time.perf_counter() - clock
+
+        # 5. Log, evaluate, save.
+        seconds = dict(zip(seconds, ranks.reduce(list(seconds.values()), "max")))
+        line = {"step": step} | reports.step_metrics(seconds, columns, stats, per_token)
+        if step == steps or args.eval_every and step % args.eval_every == 0:
+            line |= evaluate(policy, tokenizer, run.eval_rows, args)
+        line["verdicts"] = reports.verdict_counts(samples)
+        shown = samples[:: max(1, len(samples) // 20)]
+        run.log.write(line, [{"step": step} | sample for sample in shown])
+        spent = time.perf_counter() - started
+        print(reports.live_line(line, steps, spent, step - run.start), flush=True)
+        if step == steps or step % args.save_every == 0:
+            checkpoints.save_checkpoint(run.out, step, policy, tokenizer, run.optimizer, run.state)
+    if ranks.is_first():
+        reports.close_run(run.log.lines, run.out, f"{ALGORITHM} on {args.model}")
+    return run.out
 
 
 # ---------------- ALGO: state ----------------
 def init_state(args, policy) -> dict:
-    """The contrastive head, the same on every rank, and its optimizer. None of it when both λ are 0."""
+    """The contrastive head, alike on every rank, and its optimizer; nothing when both λ are 0."""
     if not args.lambda_cross and not args.lambda_in:
         return {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
-        head = torch.nn.Sequential(torch.nn.Linear(policy.model.config.hidden_size, 256), torch.nn.GELU(),
-                                   torch.nn.Linear(256, 128)).to(policy.device)
-    return {"head": head, "head_optimizer": torch.optim.AdamW(head.parameters(), args.head_lr, weight_decay=0.0)}
-
-
-# ---------------- SHARED: rollout ----------------
-def sample(logits_BV, uniform_B, temperature: float):
-    """(token, log-prob) a line by inverting the distribution function at `uniform`; temperature 0: the most likely."""
-    logp_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), -1)
-    cdf_BV = logp_BV.double().exp().cumsum(-1)
-    token_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0] if temperature else (
-        logp_BV.argmax(-1))
-    return token_B, logp_BV.gather(-1, token_B[:, None])[:, 0]
-
-
-@torch.inference_mode()
-def generate(policy, prompts_P: list[list[int]], uniform_BT, temperature: float) -> list[tuple]:
-    """Sample B/P responses a prompt with a KV cache: [(tokens, their log-probs, truncated), …].
-
-    uniform_BT: one number in [0, 1) per token, so that a sample depends on nothing but its own numbers. The prompt is
-    run once for its whole group; lines that stopped leave the cache once a quarter of them have.
-    """
-    model, device = (policy.sampler or [policy.model])[0], policy.device
-    (B, T), group = uniform_BT.shape, len(uniform_BT) // len(prompts_P)
-    width = max(map(len, prompts_P))
-    uniform_BT = uniform_BT.to(device)
-    ids_PW = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts_P], device=device)
-    mask_BW = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts_P], device=device)
-    stop = torch.tensor(policy.stop_ids, device=device)
-    tokens_BT = torch.zeros(B, T, dtype=torch.long, device=device)
-    logp_BT = torch.zeros(B, T, device=device)
-    length_B = torch.zeros(B, dtype=torch.long, device=device)
-    truncated_B = torch.zeros(B, dtype=torch.bool, device=device)
-    with policy.autocast():
-        out = model(ids_PW, attention_mask=mask_BW, position_ids=(mask_BW.cumsum(1) - 1).clamp(min=0), use_cache=True,
-                    logits_to_keep=1)
-        cache = getattr(out, "past_key_values", None)
-        if type(cache) is not DynamicCache:
-            raise UserError(f"{type(model).__name__}: its cache ({type(cache).__name__}) is not a plain KV cache, the "
-                            "only one that --engine hf knows: use --engine vllm")
-        cache.batch_repeat_interleave(group)
-        logits_BV, mask_BW = (x.repeat_interleave(group, 0) for x in (out.logits[:, -1], mask_BW))
-        line = torch.arange(B, device=device)                       # the sequence that each line of the cache holds
-        alive = torch.ones(B, dtype=torch.bool, device=device)
-        for t in range(T):
-            token, logp = sample(logits_BV[:, :policy.vocab], uniform_BT[line, t], temperature)
-            tokens_BT[line[alive], t] = token[alive]
-            logp_BT[line[alive], t] = logp[alive]
-            length_B[line[alive]] += 1
-            alive &= ~torch.isin(token, stop)
-            living = int(alive.sum())
-            if living == 0 or t + 1 == T:
-                truncated_B[line[alive]] = True
-                break
-            if living < 0.75 * len(alive):
-                cache.batch_select_indices(alive.nonzero()[:, 0])
-                line, token, mask_BW, alive = line[alive], token[alive], mask_BW[alive], alive[alive]
-            mask_BW = torch.cat([mask_BW, mask_BW.new_ones(len(mask_BW), 1)], 1)
-            logits_BV = model(token[:, None], attention_mask=mask_BW, position_ids=mask_BW.sum(1, keepdim=True) - 1,
-                              past_key_values=cache, use_cache=True).logits[:, -1]
-    return [(ids[:n], logps[:n], cut) for ids, logps, n, cut in zip(*(x.tolist() for x in (
-        tokens_BT, logp_BT, length_B, truncated_B)))]
-
-
-class Engine:  # the vLLM block: no line outside it knows vLLM
-    """vLLM in this process. Born with random weights: all it has comes through sync_weights. Its vocabulary is cut to
-    the tokenizer's, so that no other id can be sampled. Raises UserError."""
-    def __init__(self, name: str, policy, canary: list[int], args):
-        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                       "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
-        self.canary, self.cuda = canary, policy.device.type == "cuda"
-        self.dtype, self.tolerance = (torch.bfloat16, 0.2) if policy.bf16 else (torch.float32, 1e-4)  # nats
-        memory = torch.cuda.mem_get_info()[1] if self.cuda else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        try:
-            import vllm
-            self.params, self.llm = vllm.SamplingParams, vllm.LLM(
-                name, dtype=self.dtype, load_format="dummy", hf_overrides={"vocab_size": policy.vocab},
-                max_model_len=args.max_prompt_tokens + args.max_new_tokens, enable_sleep_mode=self.cuda,
-                gpu_memory_utilization=args.engine_memory, kv_cache_memory_bytes=int(args.engine_memory * memory),
-                logprobs_mode="processed_logprobs", skip_tokenizer_init=True,
-                distributed_executor_backend="external_launcher" if "RANK" in os.environ else None)  # its own GPU
-        except Exception as error:
-            raise UserError(f"vllm did not start: {str(error).strip().splitlines()[0]}; README says how to install it, "
-                            f"and --engine-memory {args.engine_memory} sets what its cache takes") from error
-
-    @torch.no_grad()
-    def sync_weights(self, policy, spoiled: bool = False) -> None:
-        """Stream the trainer's parameters in, one at a time, and compare what arrived: each tensor's fingerprint, as
-        sent and as held (where vLLM did not pack it away), and the log-probs of the canary."""
-        sent, held = {}, {}
-        def stream():
-            for name, tensor in ranks.weights(policy, self.dtype):
-                tensor = tensor.roll(1, 0) if spoiled and not sent else tensor  # same fingerprint: for the canary alone
-                sent[name] = fingerprint(tensor)
-                yield name, tensor
-        def arrived(model):  # runs in the engine
-            if hasattr(model.lm_head, "quant_method"):  # a tied head that the CPU build has packed would stay stale
-                model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
-            for name, p in model.named_parameters():
-                m, fused = name.split(".")[-2], getattr(model, "packed_modules_mapping", {})
-                if p.numel():
-                    parts = tuple(name.replace(f".{m}.", f".{part}.") for part in fused.get(m, [m]))
-                    held[parts] = fingerprint(p.to(self.dtype))
-        self.llm.wake_up(tags=["weights"])
-        try:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": (tensors := stream())})
-            self.llm.apply_model(arrived)
-        except Exception as error:
-            sum(0 for _ in tensors)  # the other ranks gather them with this one
-            raise UserError(f"vllm does not take this model's weights: {str(error)[:200]}") from error
-        self.llm.wake_up(tags=["kv_cache"])
-        self.llm.reset_prefix_cache()
-        wrong = data.wrong_weights(ranks.weights(policy, self.dtype), sent, held)
-        out, = self.llm.generate({"prompt_token_ids": self.canary}, self.params(max_tokens=1, prompt_logprobs=0),
-                                 use_tqdm=False)
-        theirs_T = torch.tensor([out.prompt_logprobs[t][i].logprob for t, i in enumerate(self.canary) if t])
-        off = (policy.own_logp(self.canary) - theirs_T).abs().mean().item()
-        if spoiled and off <= self.tolerance or not spoiled and (wrong or not off <= self.tolerance):
-            raise UserError(f"vllm does not hold the {'spoiled' if spoiled else 'right'} weights: {len(wrong)} wrong "
-                            f"tensors {wrong[:2]}; the canary is off by {off:.2g} nats (at most {self.tolerance:g})")
-        self.synced = None if spoiled else policy.updates
-
-    def generate(self, policy, prompts_P, keys_P, group: int, temperature: float, max_tokens: int) -> list[tuple]:
-        """As respond(). Sample j of a prompt is drawn with seed + j, so the seeds are hashed far apart."""
-        if self.synced != policy.updates:
-            raise UserError(f"vllm holds the weights after update {self.synced}, the trainer made {policy.updates}")
-        params = [self.params(n=group, temperature=temperature, max_tokens=max_tokens, stop_token_ids=policy.stop_ids,
-                              ignore_eos=True, seed=int(rng(*key, "vllm").integers(2**62)), logprobs=0,
-                              detokenize=False) for key in keys_P]
-        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts_P], params, use_tqdm=False)
-        if self.cuda:
-            self.llm.sleep(level=2)  # the trainer gets its weights' and its cache's memory
-        return [([*o.token_ids], [logp[i].logprob for logp, i in zip(o.logprobs, o.token_ids)],
-                 o.finish_reason == "length") for out in outputs for o in out.outputs]
-
-
-def open_engine(name: str, policy, canary: list[int], args):
-    """(the sampler's Engine, or None for the hf loop; which, and why), the same on every rank. The canary is first
-    shown to fire on shuffled embeddings, and to be quiet on the right ones."""
-    if args.engine == "hf":
-        return None, "hf"
-    engine, steps = [], (lambda: engine.append(Engine(name, policy, canary, args)),
-                         lambda: engine[0].sync_weights(policy, spoiled=True), lambda: engine[0].sync_weights(policy))
-    for step in steps:
-        try:
-            why = step() or ""
-        except UserError as error:
-            why = str(error)
-        why = next(filter(None, ranks.gather(why)), "")
-        if why and args.engine == "auto":
-            return None, f"hf ({why})"
-        if why:
-            raise UserError(why)
-    return engine[0], "vllm"
-
-
-def respond(policy, prompts_P: list[list[int]], keys_P: list[tuple], group: int, temperature: float, args):
-    """`group` responses a prompt by the run's engine: [(tokens, log-probs, truncated), …].
-
-    A prompt's key: (…, row id, number of its first sample).
-    """
-    if policy.engine:
-        return policy.engine.generate(policy, prompts_P, keys_P, group, temperature, args.max_new_tokens)
-    found = []
-    at_once = max(1, args.rollout_tokens // (group * (args.max_prompt_tokens + args.max_new_tokens)))
-    for p in range(0, len(prompts_P), at_once):
-        uniform = [rng(*key, first + i, "sample").random(args.max_new_tokens)
-                   for *key, first in keys_P[p:p + at_once] for i in range(group)]
-        found += generate(policy, prompts_P[p:p + at_once], torch.tensor(np.stack(uniform)), temperature)
-    return found
-
-
-def rollout(policy, tokenizer, rows_P: list[dict], group: int, key: tuple, temperature: float, args):
-    """(batch, whole, samples, seconds): `group` responses a row, scored. key: (seed, step or purpose) of the random
-    numbers. batch: this rank's, see data.collate; whole: every rank's, but only the columns [B]; samples: what
-    samples.jsonl shows."""
-    clock = [time.perf_counter()]
-    if policy.engine:
-        policy.engine.sync_weights(policy)
-    elif policy.sharded:
-        ranks.sync_sampler(policy)
-    clock.append(time.perf_counter())
-    copies = Counter()
-    keys_P = []
-    for row in rows_P:  # a row that comes twice goes on with its stream of samples: it never repeats one
-        keys_P.append((*key, row["id"], copies[row["id"]]))
-        copies[row["id"]] += group
-    mine = data.deal(rows_P, ranks.mine(), ranks.count(), args.mini_batch_prompts)
-    rows_B = [rows_P[p] for p in mine for _ in range(group)]
-    tokens_B, logps_B, truncated_B = zip(*respond(
-        policy, [rows_P[p]["ids"] for p in mine], [keys_P[p] for p in mine], group, temperature, args))
-    clock.append(time.perf_counter())
-    texts = [row["opened"] + tokenizer.decode(ids, skip_special_tokens=True) for row, ids in zip(rows_B, tokens_B)]
-    scores = rewards.score(texts, rows_B, args.reward_scheme, args.verifier_url, args.judge_url, args.sandbox_url,
-                           lambda text: len(tokenizer(text, add_special_tokens=False).input_ids))
-    clock.append(time.perf_counter())
-    batch = data.collate(rows_B, mine, group, tokens_B, logps_B, truncated_B, scores)
-    samples = [{"id": row["id"], "domain": row["domain"], "prompt": tokenizer.decode(row["ids"]), "response": text,
-                "reward": s.reward, "verdict": s.why} for row, text, s in zip(rows_B, texts, scores)]
-    whole, samples = data.merge(ranks.gather(({k: v for k, v in batch.items() if v.ndim == 1}, samples)), group)
-    return batch, whole, samples, dict(zip(("sync", "rollout", "reward"), np.diff(clock).tolist()))
-
-
-def evaluate(policy, tokenizer, rows: list[dict], args) -> dict[str, float]:
-    """Accuracy on held-out prompts by domain: eval/sampled/<d> (--eval-samples at --temperature) and eval/greedy/<d>.
-
-    The random numbers do not depend on the step, so that before and after differ by the policy alone.
-    """
-    found = {}
-    for name, group, temperature in (("sampled", args.eval_samples, args.temperature), ("greedy", 1, 0.0)):
-        if rows and group:
-            _, whole, _, _ = rollout(policy, tokenizer, rows, group, (args.seed, "evaluation"), temperature, args)
-            accuracy = analyze.by_domain(analyze.domain_metrics(whole), "accuracy")
-            found |= {f"eval/{name}/{domain}": value for domain, value in accuracy.items()}
-    return found
-
-
-# ---------------- SHARED: log-probs ----------------
-class Policy(torch.nn.Module):
-    """A causal LM whose forward gives the response's log-probs; vocabulary-sized logits exist only in chunks."""
-    CHUNK = 2**26  # logits at a time
-
-    def __init__(self, model, vocab: int, stop_ids: list[int], bf16: bool = False, temperature: float = 1.0):
-        super().__init__()
-        self.model, self.vocab, self.stop_ids, self.bf16, self.temperature = model, vocab, stop_ids, bf16, temperature
-        self.engine, self.sampler, self.sharded, self.updates = None, [], False, 0  # updates: optimizer steps made
-        self.device = model.device  # ranks.place() moves both
-
-    def autocast(self):
-        """bf16 compute on fp32 master weights."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-    def head(self, hidden_NH, target_N, temperature: float):
-        """(log-prob of each target, entropy), over the tokenizer's ids only: a model may have more rows than that."""
-        with self.autocast():
-            logits_NV = self.model.get_output_embeddings()(hidden_NH)[:, :self.vocab]
-        at_least_fp32 = torch.promote_types(logits_NV.dtype, torch.float32)
-        logp_NV = torch.log_softmax(logits_NV.to(at_least_fp32) / temperature, -1)
-        with torch.no_grad():
-            entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
-        return logp_NV.gather(-1, target_N[:, None])[:, 0], entropy_N
-
-    def targets(self, ids_BT, mask_BT):
-        """What the head gives the log-probs of at each of the response's positions: the token there."""
-        return ids_BT[:, 1:][mask_BT[:, 1:]]
-
-    def own_logp(self, ids_T: list[int]):
-        """Log-probs of ids_T[1:] at temperature 1, on the CPU."""
-        ids_BT = torch.tensor([ids_T], device=self.device)
-        return self(ids_BT, ids_BT >= 0, 1.0)[0][0, 1:].cpu()
-
-    def forward(self, ids_BT, mask_BT, temperature: float | None = None):
-        """(logp_BT, entropy_BT, mean_h_BH). logp[b, t] is log π(ids[b, t] | ids[b, <t]) where mask, 0 elsewhere.
-
-        mean_h is the mean of the last hidden layer over the response. Right padding needs no attention mask: causal
-        attention never sees it. A rank without lines (B = 0) joins the others' collectives with a blank one.
-        """
-        B = len(ids_BT)
-        ids_BT, mask_BT = (ids_BT, mask_BT) if B else (ids_BT.new_zeros(1, 2), mask_BT.new_zeros(1, 2))
-        with self.autocast():
-            hidden_BTH = self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
-        where = mask_BT[:, 1:]
-        hidden_NH, target_N = hidden_BTH[:, :-1][where], self.targets(ids_BT, mask_BT)
-        T, chunk = temperature or self.temperature, max(1, self.CHUNK // self.vocab)
-        again = torch.is_grad_enabled() and len(hidden_NH) > chunk  # one chunk may keep its logits
-        parts = [checkpoint(self.head, h, y, T, use_reentrant=False) if again else self.head(h, y, T)
-                 for h, y in zip(hidden_NH.split(chunk), target_N.split(chunk))]
-        found = []
-        for values_N in map(torch.cat, zip(*parts)):
-            values_BT = values_N.new_zeros(ids_BT.shape)
-            values_BT[:, 1:][where] = values_N
-            found.append(values_BT)
-        mean_h_BH = (hidden_BTH * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True).clamp(min=1)
-        return (*found, mean_h_BH) if B else tuple(value[:0].clone() for value in (*found, mean_h_BH))
-
-
-def in_step(pieces: list[torch.Tensor]) -> list[torch.Tensor]:
-    """As many pieces on every rank, for each is a round of collectives: a rank that has fewer adds empty ones."""
-    most, = ranks.reduce([len(pieces)], "max")
-    return pieces + [torch.tensor([], dtype=torch.long)] * (int(most) - len(pieces))
-
-
-@torch.no_grad()
-def log_probs(policy, batch: Batch, args):
-    """(logp_BT, entropy_BT, mean_h_B1H) of a whole batch, on the CPU."""
-    logp_BT, entropy_BT = torch.zeros(2, *batch["ids"].shape)
-    mean_h_BH = torch.zeros(len(batch["ids"]), policy.model.config.hidden_size)
-    for index in in_step(micro_batches(batch["length"], args.micro_batch_tokens)):
-        micro = take({k: batch[k] for k in ("ids", "mask", "length")}, index, policy.device)
-        *found, mean_h_BH[index] = (x.to(mean_h_BH) for x in policy(micro["ids"], micro["mask"]))
-        for whole_BT, part_BT in zip((logp_BT, entropy_BT), found):
-            whole_BT[index, :part_BT.shape[1]] = part_BT
-    return logp_BT, entropy_BT, mean_h_BH[:, None]
-
-
-def importance_weights(batch: Batch, args) -> torch.Tensor:
-    """[B, T]: the weight of each token's policy gradient, by w = π_old/π_sampler: w, but 0 outside [0.5, 2] (mask:
-    M2RL's masked importance sampling); w, at most 2 (truncate: its scripts); 1 (none: hf samples from π_old)."""
-    w_BT = torch.exp((batch["old_logp"] - batch["sampler_logp"]) * batch["mask"])
-    return {"mask": torch.where((w_BT >= 0.5) & (w_BT <= 2.0), w_BT, 0.0), "truncate": w_BT.clamp(max=2.0),
-            "none": torch.ones_like(w_BT)}[args.is_correction]
+        head = torch.nn.Sequential(
+            torch.nn.Linear(policy.model.config.hidden_size, 256),
+            torch.nn.GELU(),
+            torch.nn.Linear(256, 128),
+        ).to(policy.device)
+    head_optimizer = torch.optim.AdamW(head.parameters(), args.head_lr, weight_decay=0.0)
+    return {"head": head, "head_optimizer": head_optimizer}
 
 
 # ---------------- ALGO: advantages ----------------
 def advantages(batch: Batch, state: dict, args) -> torch.Tensor:
-    """[B, T]: A_i = (r_i − mean r)/(std r + 1e-6) over the responses of one prompt, the same for every token.
+    """[B, T]: A_i = (r_i − mean r) / (std r + 1e-6) over a prompt's responses, for every token.
 
-    An all-equal group gives exactly 0; a response without a reward (NaN: its verifier failed) gets 0 and leaves the
-    group's mean and std.
+    An all-equal group gives exactly 0. A response without a reward (NaN: its verifier failed) gets
+    0 and leaves the group's mean and std.
     """
     advantage_B = torch.zeros(len(batch["reward"]), dtype=torch.float64)
     for g in batch["group"].unique():
-        mine = (batch["group"] == g) & ~batch["reward"].isnan()
-        reward_G = batch["reward"][mine]
+        in_group_B = (batch["group"] == g) & ~batch["reward"].isnan()
+        reward_G = batch["reward"][in_group_B]
         if len(reward_G) > 1 and reward_G.min() < reward_G.max():
-            advantage_B[mine] = (reward_G - reward_G.mean()) / (reward_G.std() + 1e-6)
+            advantage_B[in_group_B] = (reward_G - reward_G.mean()) / (reward_G.std() + 1e-6)
     return advantage_B[:, None].float() * batch["mask"]
 
 
 # ---------------- ALGO: loss ----------------
 def policy_loss(logp_BT, micro: Batch, args):
-    """(loss_BT, {statistic: [B, T]}): GRPO's clipped surrogate and KL, and ⟨h_i, ∂L/∂h_i⟩ as a term of value 0."""
+    """(loss_BT, {statistic: [B, T]}): GRPO's, and ⟨h_i, ∂L/∂h_i⟩ as a term of value 0."""
+    advantage_BT, importance_BT = micro["advantage"], micro["importance"]
     ratio_BT = torch.exp(logp_BT - micro["old_logp"])
     clipped_BT = ratio_BT.clamp(1 - args.clip_low, 1 + args.clip_high)
-    surrogate_BT = torch.minimum(ratio_BT * micro["advantage"], clipped_BT * micro["advantage"])
-    stats = {"clip_fraction": surrogate_BT < ratio_BT * micro["advantage"]}
+    surrogate_BT = torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
+    is_clipped_BT = (surrogate_BT < ratio_BT * advantage_BT) & (importance_BT > 0)
+    loss_BT = -importance_BT * surrogate_BT
     if "h_gradient" in micro:
         h_BH = micro["mean_h"] - micro["mean_h"].detach()
-        term_B = (h_BH * micro["h_gradient"][:, 0]).sum(1) / micro["weight"].sum(1)  # backward() weights the tokens
-        surrogate_BT = surrogate_BT - term_B[:, None]
-    if not args.beta:
-        return -surrogate_BT, stats
-    log_ratio_BT = micro["ref_logp"] - logp_BT
-    return -surrogate_BT + args.beta * (torch.exp(log_ratio_BT) - log_ratio_BT - 1), stats
+        row_weight_B = micro["weight"].sum(1)  # backward() weights the tokens: undo that
+        contrast_B = (h_BH * micro["h_gradient"][:, 0]).sum(1) / row_weight_B
+        loss_BT = loss_BT + contrast_B[:, None]
+    if args.beta:
+        log_ratio_BT = micro["ref_logp"] - logp_BT
+        kl_BT = torch.exp(log_ratio_BT) - log_ratio_BT - 1
+        loss_BT = loss_BT + args.beta * kl_BT
+    return loss_BT, {"clip_fraction": is_clipped_BT}
 
 
 def is_trained_on(batch: Batch) -> torch.Tensor:
-    """[B]: the rows that an update gets: those whose verifier did not fail."""
+    """[B]: the rows that an update gets, those whose verifier did not fail."""
     return ~batch["reward"].isnan()
 
 
 def moves_the_policy(batch: Batch) -> torch.Tensor:
-    """[B]: the rows whose gradient is not exactly 0 (where β = 0), those with an advantage or a ∂L/∂h."""
-    moves_B = (batch["advantage"] != 0).any(1)
-    return moves_B | (batch["h_gradient"] != 0).any(2).any(1) if "h_gradient" in batch else moves_B
+    """[B]: the rows whose gradient is not exactly 0 (where β = 0)."""
+    moves_B = (batch["advantage"] * batch["importance"] != 0).any(1)
+    if "h_gradient" in batch:
+        moves_B = moves_B | (batch["h_gradient"] != 0).any(2).any(1)
+    return moves_B
 
 
 def contrast(head, h_BH, correct_B, domain_B, group_B, args):
     """(λ_cross L_cross + λ_in L_in, metrics) of a mini-batch's rows.
 
-    For each term: its loss, the share of anchors with a positive, the mean z_i·z_j of positive and of negative pairs
-    (cross: of different domains; in: of one).
+    Metrics of each term: its loss, the share of anchors with a positive, the mean z_i·z_j of
+    positive and of negative pairs (cross: of different domains; in: of one).
     """
-    anchor, wrong = correct_B.nonzero()[:, 0], (~correct_B).nonzero()[:, 0]
+    anchor_A, wrong_W = correct_B.nonzero()[:, 0], (~correct_B).nonzero()[:, 0]
+    positive_pairs = find_positives(h_BH[anchor_A], domain_B[anchor_A], args)
+    pool_AN = find_negatives(group_B, anchor_A, wrong_W, args)  # numbers into wrong_W
+
     z_BD = torch.nn.functional.normalize(head(h_BH), dim=1)
-    h_AH = torch.nn.functional.normalize(h_BH[anchor].detach(), dim=1)
-    same_AA = domain_B[anchor, None] == domain_B[anchor]
-    near_AK = (h_AH @ h_AH.T).masked_fill(same_AA, -2.0).topk(min(args.top_k, len(anchor))).indices
-    positives = {"cross": torch.zeros_like(same_AA).scatter(1, near_AK, True) & ~same_AA,
-                 "in": same_AA & ~torch.eye(len(anchor), dtype=torch.bool, device=anchor.device)}
-    ahead_AW = (group_B[wrong] - group_B[anchor, None]) % (int(group_B.max()) + 1)     # 0: the anchor's own prompt
-    pool_AN = ahead_AW.argsort(dim=1, stable=True)[:, :args.pool_size]
-    cosine_AA, cosine_AN = z_BD[anchor] @ z_BD[anchor].T, (z_BD[anchor] @ z_BD[wrong].T).gather(1, pool_AN)
-    same_AN = domain_B[wrong][pool_AN] == domain_B[anchor, None]
-    loss_AA = torch.nn.functional.softplus((cosine_AN / args.tau).logsumexp(1)[:, None] - cosine_AA / args.tau)
-    total, found = 0.0, {}
-    for name, weight, negative_AN in (("cross", args.lambda_cross, ~same_AN), ("in", args.lambda_in, same_AN)):
-        pairs = positives[name] & bool(len(wrong))
-        if weight:
-            loss = loss_AA[pairs].sum() / max(1, int(pairs.sum()))
-            total = total + weight * loss
-            values = {"loss": loss, "anchors": pairs.any(1).double().mean(), "positive": cosine_AA[pairs].mean(),
-                      "negative": cosine_AN[negative_AN].mean()}
-            found |= {f"contrast/{name}/{k}": v.item() for k, v in values.items() if not v.isnan()}
-    return total, found
+    cosine_AA = z_BD[anchor_A] @ z_BD[anchor_A].T
+    cosine_AN = (z_BD[anchor_A] @ z_BD[wrong_W].T).gather(1, pool_AN)
+    # −log(e^a / (e^a + Σ e^n)) = softplus(log Σ e^n − a)
+    negatives_A = (cosine_AN / args.tau).logsumexp(1)
+    loss_AA = torch.nn.functional.softplus(negatives_A[:, None] - cosine_AA / args.tau)
+
+    same_domain_AN = domain_B[wrong_W][pool_AN] == domain_B[anchor_A, None]
+    total, metrics = 0.0, {}
+    for name, weight, in_term_AN in (
+        ("cross", args.lambda_cross, ~same_domain_AN),
+        ("in", args.lambda_in, same_domain_AN),
+    ):
+        if not weight:
+            continue
+        pairs_AA = positive_pairs[name] & bool(len(wrong_W))
+        loss = loss_AA[pairs_AA].sum() / max(1, int(pairs_AA.sum()))
+        total = total + weight * loss
+        values = {
+            "loss": loss,
+            "anchors": pairs_AA.any(1).double().mean(),
+            "positive": cosine_AA[pairs_AA].mean(),
+            "negative": cosine_AN[in_term_AN].mean(),
+        }
+        for metric, value in values.items():
+            if not value.isnan():
+                metrics[f"contrast/{name}/{metric}"] = value.item()
+    return total, metrics
+
+
+def find_positives(h_AH, domain_A, args) -> dict[str, torch.Tensor]:
+    """{"cross" and "in": [A, A], which anchors are positives of the row's anchor}."""
+    h_AH = torch.nn.functional.normalize(h_AH.detach(), dim=1)
+    same_domain_AA = domain_A[:, None] == domain_A
+    other_domains_AA = (h_AH @ h_AH.T).masked_fill(same_domain_AA, -2.0)  # a cosine is at least -1
+    nearest_AK = other_domains_AA.topk(min(args.top_k, len(h_AH))).indices
+    is_nearest_AA = torch.zeros_like(same_domain_AA).scatter(1, nearest_AK, True)
+    is_itself_AA = torch.eye(len(h_AH), dtype=torch.bool, device=h_AH.device)
+    return {"cross": is_nearest_AA & ~same_domain_AA, "in": same_domain_AA & ~is_itself_AA}
+
+
+def find_negatives(group_B, anchor_A, wrong_W, args) -> torch.Tensor:
+    """[A, N]: the numbers (into wrong_W) of each anchor's negatives, its own prompt's first."""
+    prompts = int(group_B.max()) + 1
+    prompts_ahead_AW = (group_B[wrong_W] - group_B[anchor_A, None]) % prompts
+    return prompts_ahead_AW.argsort(dim=1, stable=True)[:, : args.pool_size]
 
 
 # ---------------- SHARED: backward ----------------
 def token_weights(batch: Batch, args) -> torch.Tensor:
-    """w_BT with loss = Σ w·loss_BT. The denominators are counted here, over all rows given, on all ranks, before any
-    forward pass."""
+    """[B, T]: the weights of --loss-norm, so that loss = Σ weight_BT · loss_BT.
+
+    The denominators are counted here, over all rows given, on all ranks, before any forward pass.
+    """
     mask_BT = batch["mask"].double()
-    lines, tokens = ranks.reduce([len(mask_BT), mask_BT.sum()])
+    sequences, tokens = ranks.reduce([len(mask_BT), mask_BT.sum()])
     if args.loss_norm == "token":
         return mask_BT / tokens
-    per_row_B1 = mask_BT.sum(1, keepdim=True) if args.loss_norm == "sequence" else args.max_new_tokens
-    return mask_BT / per_row_B1 / lines
+    if args.loss_norm == "sequence":
+        return mask_BT / mask_BT.sum(1, keepdim=True) / sequences
+    return mask_BT / args.max_new_tokens / sequences
 
 
-def backward(policy, batch: Batch, args) -> dict[str, float]:
-    """Add ∂loss/∂θ of these rows to .grad, micro-batch by micro-batch. Returns token means of the statistics."""
+def backward(policy, batch: Batch, args, forward=None) -> dict[str, float]:
+    """Add ∂loss/∂θ of these rows to .grad, micro-batch by micro-batch.
+
+    Returns means of the statistics over tokens, the loss, and the number of tokens.
+    forward: gives what policy_loss gets as logp_BT; by default the policy itself. (for opd.py)
+    """
+    forward = forward or policy
     batch = batch | {"weight": token_weights(batch, args)}
-    tokens, = ranks.reduce([int(batch["mask"].sum())])
+    (tokens,) = ranks.reduce([int(batch["mask"].sum())])
     if args.zero_advantage == "drop":
         batch = take(batch, moves_the_policy(batch))
     sums = Counter(loss=0.0)
-    for index in in_step(micro_batches(batch["length"], args.micro_batch_tokens)):
+    for index in equal_count(micro_batches(batch["length"], args.micro_batch_tokens)):
         micro = take(batch, index, policy.device)
-        logp_BT, _, micro["mean_h"] = policy(micro["ids"], micro["mask"])
+        logp_BT, _, micro["mean_h"] = forward(micro["ids"], micro["mask"])  # mean_h: for mcpo.py
         loss_BT, stats = policy_loss(logp_BT, micro, args)
         loss = (loss_BT * micro["weight"]).sum()
-        (loss * ranks.count()).backward()  # FSDP2 takes the mean of the ranks' gradients
+        (loss * ranks.world_size()).backward()  # FSDP2 takes the mean of the ranks' gradients
         sums["loss"] += loss.item()
         for name, value_BT in stats.items():
             sums[name] += (value_BT.detach() * micro["mask"]).sum().item() / tokens
-    return dict(zip(sums, ranks.reduce(list(sums.values())))) | {"tokens": tokens}
+    means = dict(zip(sums, ranks.reduce(list(sums.values()))))
+    return means | {"tokens": tokens}
 
 
 def optimizer_step(policy, optimizer, lr: float, args) -> float:
-    """Clip, step with this learning rate, clear the gradients. Returns the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
-    norm = ranks.whole(norm).item()
+    """Clip the gradients, step with this learning rate, clear the gradients.
+
+    Returns the norm before clipping. Raises UserError where the norm is not finite.
+    """
+    max_norm = args.max_grad_norm or float("inf")
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
+    norm = ranks.full_tensor(norm).item()
     if not np.isfinite(norm):
-        raise UserError(f"the gradient's norm is {norm}: the run diverged; lower --lr (was {lr:g}) and --resume")
+        raise UserError(
+            f"the gradient's norm is {norm}: the run diverged; lower --lr (was {lr:g}) and --resume"
+        )
     for group in optimizer.param_groups:
-        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], torch.Tensor) else lr  # a tensor: torchao's
+        if isinstance(group["lr"], torch.Tensor):  # torchao's optimizers
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     policy.updates += 1
@@ -540,106 +461,543 @@ def optimizer_step(policy, optimizer, lr: float, args) -> float:
 
 
 # ---------------- ALGO: update ----------------
-def update(policy, optimizer, batch: Batch, lr: float, key: tuple, state: dict, args) -> dict[str, float]:
-    """One optimizer step on one mini-batch, all domains together; the head steps too. key: (seed, step, mini-batch)."""
-    contrasts = {}
+def update(policy, optimizer, batch: Batch, lr: float, key: tuple, state: dict, args) -> dict:
+    """One optimizer step on one mini-batch, all domains together; the head steps too.
+
+    Returns the mini-batch's statistics. key: (seed, step, mini-batch).
+    """
+    metrics = {}
     if state:
-        h_gradient, contrasts = pool_gradient(policy, batch, key, state, args)
-        batch = batch | {"h_gradient": h_gradient}
-    stats = backward(policy, batch, args) | contrasts
+        h_gradient_B1H, metrics = pool_gradient(policy, batch, key, state, args)
+        batch = batch | {"h_gradient": h_gradient_B1H}
+    stats = backward(policy, batch, args) | metrics
     return stats | {"grad_norm": optimizer_step(policy, optimizer, lr, args)}
 
 
 def pool_gradient(policy, batch: Batch, key: tuple, state: dict, args):
-    """(∂L/∂h [B, 1, H] of this rank's rows, metrics) of the contrast over all ranks' rows. Steps the head."""
+    """(∂L/∂h [B, 1, H] of this rank's rows, metrics) of the contrast over all ranks' rows.
+
+    The head steps.
+    """
     h_B1H = batch["old_h"]
     if key[2]:  # an earlier mini-batch has moved the policy since old_h
         _, _, h_B1H = log_probs(policy, batch, args)
     parts = ranks.gather((h_B1H, batch["correct"], batch["domain"], batch["group"]))
-    h_B1H, correct_B, domain_B, group_B = (torch.cat(column).to(policy.device) for column in zip(*parts))
+    columns = [torch.cat(column).to(policy.device) for column in zip(*parts)]
+    h_B1H, correct_B, domain_B, group_B = columns
     h_B1H.requires_grad_()
-    loss, found = contrast(state["head"], h_B1H[:, 0], correct_B, domain_B, group_B, args)
+
+    head, head_optimizer = state["head"], state["head_optimizer"]
+    loss, metrics = contrast(head, h_B1H[:, 0], correct_B, domain_B, group_B, args)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(state["head"].parameters(), args.max_grad_norm or float("inf"))
-    state["head_optimizer"].step()
-    state["head_optimizer"].zero_grad(set_to_none=True)
-    return h_B1H.grad.cpu().split([len(part[0]) for part in parts])[ranks.mine()], found
+    torch.nn.utils.clip_grad_norm_(head.parameters(), args.max_grad_norm or float("inf"))
+    head_optimizer.step()
+    head_optimizer.zero_grad(set_to_none=True)
+    rows_of_ranks = [len(part[0]) for part in parts]
+    return h_B1H.grad.cpu().split(rows_of_ranks)[ranks.rank()], metrics
 
 
-# ---------------- SHARED: main ----------------
-def main(argv: list[str] | None = None) -> Path:
-    args = parse_args(argv)
+# ---------------- SHARED: rollout ----------------
+def respond(
+    policy,
+    prompts_P: list[list[int]],
+    keys_P: list[tuple],
+    group: int,
+    temperature: float,
+    args,
+    top_p: float = 1.0,
+) -> list[tuple]:
+    """`group` responses to each prompt: [(tokens, log-probs, truncated)] of length P·G.
+
+    The responses of a prompt stand side by side. keys_P: for each prompt (seed, step, row id, index
+    of its first sample), which keys its random numbers.
+    """
+    if policy.engine:
+        return policy.engine.generate(
+            policy, prompts_P, keys_P, group, temperature, top_p, args.max_new_tokens
+        )
+    # hf: at most --rollout-tokens are in the KV cache at once
+    tokens_per_prompt = group * (args.max_prompt_tokens + args.max_new_tokens)
+    prompts_at_once = max(1, args.rollout_tokens // tokens_per_prompt)
+    responses_B = []
+    for start in range(0, len(prompts_P), prompts_at_once):
+        stop = start + prompts_at_once
+        uniform_B = []  # for each response, one number in [0, 1) per token
+        for *key, first_sample in keys_P[start:stop]:
+            for g in range(group):
+                uniform_B.append(rng(*key, first_sample + g, "sample").random(args.max_new_tokens))
+        uniform_BT = torch.tensor(np.stack(uniform_B))
+        responses_B += sampler.generate(
+            policy, prompts_P[start:stop], uniform_BT, temperature, top_p
+        )
+    return responses_B
+
+
+def rollout(
+    policy,
+    tokenizer,
+    rows_P: list[dict],
+    group: int,
+    key: tuple,
+    temperature: float,
+    args,
+    top_p: float = 1.0,
+):
+    """Sample `group` responses to every row, score them, and pack them into a batch.
+
+    key: (seed, step) or (seed, purpose). All randomness is a function of it, the row's id and the
+    sample's index. Returns
+        batch    this rank's responses; data.collate lists the columns
+        columns  the batch's columns [B], of all ranks, for metrics
+        samples  a dict per response, of all ranks, for samples.jsonl
+        seconds  {"sync", "rollout", "reward"}
+    """
+    # 1. The sampler gets the policy's current weights.
+    t0 = time.perf_counter()
+    if policy.engine:
+        policy.engine.sync_weights(policy)
+    elif policy.sharded:
+        ranks.sync_sampler(policy)
+
+    # 2. Each rank samples its share of the prompts. A row that is drawn twice in a step goes on
+    #    with its stream of samples instead of repeating the same responses.
+    t1 = time.perf_counter()
+    samples_drawn = Counter()
+    keys_P = []
+    for row in rows_P:
+        keys_P.append((*key, row["id"], samples_drawn[row["id"]]))
+        samples_drawn[row["id"]] += group
+    my_prompts = data.deal(rows_P, ranks.rank(), ranks.world_size(), args.mini_batch_prompts)
+    my_ids = [rows_P[p]["ids"] for p in my_prompts]
+    my_keys = [keys_P[p] for p in my_prompts]
+    responses_B = respond(policy, my_ids, my_keys, group, temperature, args, top_p)
+    tokens_B, logps_B, truncated_B = zip(*responses_B)
+    rows_B = [rows_P[p] for p in my_prompts for _ in range(group)]
+
+    # 3. Text to reward, by the row's domain.
+    t2 = time.perf_counter()
+    texts_B = []
+    for row, tokens in zip(rows_B, tokens_B):
+        texts_B.append(row["opened"] + tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    scores_B = rewards.score(
+        texts_B,
+        rows_B,
+        args.reward_scheme,
+        args.verifier_url,
+        args.judge_url,
+        args.sandbox_url,
+        count_tokens,
+    )
+
+    # 4. The batch for this rank's update; metrics and samples from all ranks.
+    t3 = time.perf_counter()
+    batch = data.collate(rows_B, my_prompts, group, tokens_B, logps_B, truncated_B, scores_B)
+    samples = []
+    for row, text, score in zip(rows_B, texts_B, scores_B):
+        samples.append(
+            {
+                "id": row["id"],
+                "domain": row["domain"],
+                "prompt": tokenizer.decode(row["ids"]),
+                "response": text,
+                "reward": score.reward,
+                "verdict": score.why,
+            }
+        )
+    columns = {name: column for name, column in batch.items() if column.ndim == 1}
+    columns, samples = data.join_ranks(ranks.gather((columns, samples)), group)
+    return batch, columns, samples, {"sync": t1 - t0, "rollout": t2 - t1, "reward": t3 - t2}
+
+
+def evaluate(policy, tokenizer, rows: list[dict], args) -> dict[str, float]:
+    """Accuracy on held-out prompts by domain.
+
+    eval/sampled/<domain>: of --eval-samples responses at --temperature; eval/greedy/<domain>: of
+    one at 0. The random numbers do not depend on the step, so before and after differ by the
+    policy alone.
+    """
+    accuracies = {}
+    for kind, group, temperature in (
+        ("sampled", args.eval_samples, args.temperature),
+        ("greedy", 1, 0.0),
+    ):
+        if rows and group:
+            key = (args.seed, "evaluation")
+            _, columns, _, _ = rollout(policy, tokenizer, rows, group, key, temperature, args)
+            metrics = reports.domain_metrics(columns)
+            for domain, accuracy in reports.by_domain(metrics, "accuracy").items():
+                accuracies[f"eval/{kind}/{domain}"] = accuracy
+    return accuracies
+
+
+# ---------------- SHARED: log-probs ----------------
+class Policy(torch.nn.Module):
+    """A causal language model whose forward pass gives the log-probs of responses.
+
+    Vocabulary-sized logits exist only in chunks. model: from transformers. vocab: the tokenizer's
+    number of ids; a model may have more rows than that. stop_ids: the ids that end a response.
+    """
+
+    CHUNK = 2**26  # logits at a time
+
+    def __init__(self, model, vocab: int, stop_ids: list[int], bf16=False, temperature=1.0):
+        super().__init__()
+        self.model, self.vocab, self.stop_ids = model, vocab, stop_ids
+        self.bf16 = bf16  # compute in bfloat16
+        self.temperature = temperature  # of log-probs and sampler
+        self.engine = None  # vLLM, where it samples
+        self.sampler = []  # the hf sampler's whole copy, where the policy is sharded
+        self.sharded = False
+        self.updates = 0  # optimizer steps made
+        self.device = model.device  # ranks.place() moves both
+
+    def autocast(self):
+        """bf16 compute on fp32 master weights."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def head(self, hidden_NH, token_N, temperature: float):
+        """(log-prob of each token, entropy of its distribution), over the tokenizer's ids only."""
+        with self.autocast():
+            logits_NV = self.model.get_output_embeddings()(hidden_NH)[:, : self.vocab]
+        at_least_fp32 = torch.promote_types(logits_NV.dtype, torch.float32)
+        logp_NV = torch.log_softmax(logits_NV.to(at_least_fp32) / temperature, -1)
+        with torch.no_grad():
+            entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
+        return logp_NV.gather(-1, token_N[:, None])[:, 0], entropy_N
+
+    def own_logp(self, ids_T: list[int]):
+        """Log-probs of ids_T[1:] at temperature 1, on the CPU."""
+        ids_BT = torch.tensor([ids_T], device=self.device)
+        everything_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+        return self(ids_BT, everything_BT, 1.0)[0][0, 1:].cpu()
+
+    def forward(self, ids_BT, mask_BT, temperature: float | None = None, head=None, target=None):
+        """(logp_BT, entropy_BT, mean_h_BH).
+
+        logp[b, t] is log π(ids[b, t] | ids[b, <t]) where mask, 0 elsewhere. mean_h is the mean of
+        the last hidden layer over the response. Right padding needs no attention mask, because
+        causal attention never sees it.
+
+        head, target: another function of the hidden states in place of (log-prob, entropy), and
+        what it gets in place of the tokens, [B, T, …]. (for opd.py)
+        """
+        B = len(ids_BT)
+        if not B:  # a rank without rows joins the others' collectives with a blank one
+            ids_BT, mask_BT = ids_BT.new_zeros(1, 2), mask_BT.new_zeros(1, 2)
+            target = target if target is None else target.new_zeros(1, 2, *target.shape[2:])
+        with self.autocast():
+            output = self.model.base_model(input_ids=ids_BT, use_cache=False)
+        hidden_BTH = output.last_hidden_state
+        # The hidden state at t − 1 predicts the token at t.
+        response_BT = mask_BT[:, 1:]
+        hidden_NH = hidden_BTH[:, :-1][response_BT]
+        target_N = (ids_BT if target is None else target)[:, 1:][response_BT]
+
+        head = head or self.head
+        temperature = temperature or self.temperature
+        chunk = max(1, self.CHUNK // self.vocab)  # tokens
+        # A single chunk may keep its logits; several compute theirs again in the backward pass.
+        recompute = torch.is_grad_enabled() and len(hidden_NH) > chunk
+        values = []  # for each chunk, the tuple that the head gives
+        for hidden, targets in zip(hidden_NH.split(chunk), target_N.split(chunk)):
+            if recompute:
+                values.append(checkpoint(head, hidden, targets, temperature, use_reentrant=False))
+            else:
+                values.append(head(hidden, targets, temperature))
+
+        outputs = []
+        for values_N in map(torch.cat, zip(*values)):
+            values_BT = values_N.new_zeros(*ids_BT.shape, *values_N.shape[1:])
+            values_BT[:, 1:][response_BT] = values_N
+            outputs.append(values_BT)
+        length_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)
+        outputs.append((hidden_BTH * mask_BT[..., None]).sum(1) / length_B1)  # mean_h_BH
+        if not B:
+            outputs = [value[:0].clone() for value in outputs]
+        return tuple(outputs)
+
+
+def equal_count(pieces: list[torch.Tensor]) -> list[torch.Tensor]:
+    """As many pieces on every rank: a rank that has fewer adds empty ones.
+
+    Each piece is a round of collectives, which every rank must join.
+    """
+    (most,) = ranks.reduce([len(pieces)], "max")
+    missing = int(most) - len(pieces)
+    return pieces + [torch.tensor([], dtype=torch.long)] * missing
+
+
+@torch.no_grad()
+def log_probs(policy, batch: Batch, args):
+    """(logp_BT, entropy_BT, mean_h_B1H) of a whole batch, on the CPU."""
+    logp_BT, entropy_BT = torch.zeros(2, *batch["ids"].shape)
+    mean_h_BH = torch.zeros(len(batch["ids"]), policy.model.config.hidden_size)
+    inputs = {name: batch[name] for name in ("ids", "mask", "length")}
+    for index in equal_count(micro_batches(batch["length"], args.micro_batch_tokens)):
+        micro = take(inputs, index, policy.device)
+        outputs = policy(micro["ids"], micro["mask"])
+        micro_logp_BT, micro_entropy_BT, micro_h_BH = (x.to(mean_h_BH) for x in outputs)
+        T = micro_logp_BT.shape[1]
+        logp_BT[index, :T] = micro_logp_BT
+        entropy_BT[index, :T] = micro_entropy_BT
+        mean_h_BH[index] = micro_h_BH
+    return logp_BT, entropy_BT, mean_h_BH[:, None]
+
+
+def add_log_probs(policy, reference, batch: Batch, args) -> list[dict]:
+    """Add the columns old_logp, old_h and (with a reference) ref_logp to the batch.
+
+    Returns, for each rank, what reports.step_metrics wants of every sampled token.
+    """
+    batch["old_logp"], entropy_BT, batch["old_h"] = log_probs(policy, batch, args)
+    per_token = {
+        "log_w": batch["old_logp"] - batch["sampler_logp"],
+        "entropy": entropy_BT,
+    }
+    if reference:
+        batch["ref_logp"], _, _ = log_probs(reference, batch, args)
+        per_token["log_ref"] = batch["ref_logp"] - batch["old_logp"]
+    mask_BT = batch["mask"]
+    return ranks.gather({name: value_BT[mask_BT] for name, value_BT in per_token.items()})
+
+
+def importance_weights(batch: Batch, args) -> torch.Tensor:
+    """[B, T]: the header's w, the weight of each token's policy gradient, from π_old/π_sampler.
+
+    mask: 0 outside [0.5, 2] (M2RL's masked importance sampling). truncate: at most 2 (its scripts).
+    none: 1, because the hf engine samples from π_old itself.
+    """
+    w_BT = torch.exp((batch["old_logp"] - batch["sampler_logp"]) * batch["mask"])
+    if args.is_correction == "mask":
+        return torch.where((w_BT >= 0.5) & (w_BT <= 2.0), w_BT, 0.0)
+    if args.is_correction == "truncate":
+        return w_BT.clamp(max=2.0)
+    return torch.ones_like(w_BT)
+
+
+# ---------------- SHARED: engine ----------------
+class Engine:
+    """vLLM in this process; no line outside this class knows vLLM.
+
+    It starts with random weights: all it has comes through sync_weights. Its vocabulary is cut to
+    the tokenizer's, so no other id can be sampled. canary: the text whose log-probs prove a
+    transfer. Raises UserError where vLLM does not start.
+    """
+
+    def __init__(self, name: str, policy, canary: list[int], args):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        self.canary = canary
+        self.cuda = policy.device.type == "cuda"
+        self.dtype = torch.bfloat16 if policy.bf16 else torch.float32
+        if self.cuda:
+            memory = torch.cuda.mem_get_info()[1]
+        else:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        try:
+            import vllm
+
+            self.sampling_params = vllm.SamplingParams
+            self.llm = vllm.LLM(
+                name,
+                dtype=self.dtype,
+                load_format="dummy",
+                hf_overrides={"vocab_size": policy.vocab},
+                max_model_len=args.max_prompt_tokens + args.max_new_tokens,
+                enable_sleep_mode=self.cuda,
+                gpu_memory_utilization=args.engine_memory,
+                kv_cache_memory_bytes=int(args.engine_memory * memory),
+                logprobs_mode="processed_logprobs",
+                skip_tokenizer_init=True,
+                # Under torchrun each rank has an engine of its own, on its own GPU.
+                distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
+            )
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"vllm did not start: {reason}; docs/scale.md says how to install it, and "
+                f"--engine-memory {args.engine_memory} sets what its cache takes"
+            ) from error
+
+    @torch.no_grad()
+    def sync_weights(self, policy, spoiled: bool = False) -> None:
+        """Stream the trainer's parameters in, one at a time, and prove that they arrived.
+
+        spoiled: spoil them on the way, to see the proof fail. Raises UserError.
+        """
+        sent = {}  # name → fingerprint as it was sent
+        weights = ranks.weights(policy, self.dtype)
+        tensors = engines.record_fingerprints(weights, sent, spoil_first=spoiled)
+
+        def read_back(model):  # runs in the engine
+            if hasattr(model.lm_head, "quant_method"):
+                # On a CPU a tied head is a packed copy, which would stay stale.
+                model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+            return engines.engine_fingerprints(model, self.dtype)
+
+        self.llm.wake_up(tags=["weights"])
+        try:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+            (held,) = self.llm.apply_model(read_back)
+        except Exception as error:
+            for _ in tensors:
+                pass  # the other ranks gather the rest with this one
+            reason = str(error)[:200]
+            raise UserError(f"vllm does not take this model's weights: {reason}") from error
+        self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()
+
+        # The proof: fingerprints of all tensors, and the canary's log-probs.
+        prompt = {"prompt_token_ids": self.canary}
+        params = self.sampling_params(max_tokens=1, prompt_logprobs=0)
+        (output,) = self.llm.generate(prompt, params, use_tqdm=False)
+        logps = []
+        for position, token in enumerate(self.canary):
+            if position:  # the first token has none
+                logps.append(output.prompt_logprobs[position][token].logprob)
+        engines.check_engine(policy, self, sent, held, torch.tensor(logps), spoiled)
+        self.synced = None if spoiled else policy.updates
+
+    def generate(
+        self,
+        policy,
+        prompts_P: list[list[int]],
+        keys_P: list[tuple],
+        group: int,
+        temperature: float,
+        top_p: float,
+        max_tokens: int,
+    ) -> list[tuple]:
+        """As respond(). Raises UserError where the weights are not the trainer's current ones."""
+        if self.synced != policy.updates:
+            raise UserError(
+                f"vllm holds the weights after update {self.synced}, the trainer made "
+                f"{policy.updates}"
+            )
+        prompts, params = [], []
+        for ids, key in zip(prompts_P, keys_P):
+            prompts.append({"prompt_token_ids": ids})
+            params.append(
+                self.sampling_params(
+                    n=group,
+                    temperature=temperature,
+                    top_p=top_p,
+                    max_tokens=max_tokens,
+                    stop_token_ids=policy.stop_ids,
+                    ignore_eos=True,
+                    # Sample j of a prompt uses seed + j, so seeds are hashed far apart.
+                    seed=int(rng(*key, "vllm").integers(2**62)),
+                    logprobs=0,
+                    detokenize=False,
+                )
+            )
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        if self.cuda:
+            self.llm.sleep(level=2)  # the trainer gets the memory of its weights and cache
+        responses_B = []
+        for output in outputs:
+            for response in output.outputs:
+                tokens = list(response.token_ids)
+                logps = [logp[token].logprob for logp, token in zip(response.logprobs, tokens)]
+                responses_B.append((tokens, logps, response.finish_reason == "length"))
+        return responses_B
+
+
+# ---------------- SHARED: setup ----------------
+@dataclass
+class Run:
+    """What the loop works with."""
+
+    args: object
+    out: Path  # the run's folder
+    policy: Policy
+    reference: Policy | None  # the frozen start model, where β > 0
+    tokenizer: object
+    optimizer: torch.optim.Optimizer
+    state: dict  # what the algorithm keeps from step to step
+    plan: list[list[dict]]  # for each step, its rows
+    eval_rows: list[dict]
+    start: int  # the last finished step: 0, or what --resume found
+    log: runs.RunLog | None = None
+
+
+def setup(args, rows: tuple[list[dict], list[dict]] | None = None) -> Run:
+    """Everything before the first step. Raises UserError.
+
+    rows: (training rows, held-out rows), instead of those of --data and --eval-data.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
-    name = data.resolve_model(args.model)
+    name = resolve_model(args.model)
     ranks.start()
-    data.open_run(args, ALGORITHM, write=False)  # a folder that is taken is told before anything large is loaded
+    runs.open_run(args, ALGORITHM, write=False)  # say that a folder is taken before anything loads
+
+    # The model and its rows.
     tokenizer, policy = load_policy(name, args.dtype)
     policy.temperature = args.temperature
     context = getattr(policy.model.config, "max_position_embeddings", 1 << 30)
-    train_rows, eval_rows = data.train_and_eval_rows(args, tokenizer, context)
+    train_rows, eval_rows = data.train_and_eval_rows(args, tokenizer, context, rows)
     rewards.configure(args)
     rewards.check_rows(train_rows + eval_rows, args.judge_url, args.sandbox_url)
     mix = data.domain_mix(train_rows, args.domain_mix)
     steps = args.steps or max(1, len(train_rows) // args.batch_prompts)
     plan = data.schedule(train_rows, mix, steps, args)
-    minis = args.batch_prompts // args.mini_batch_prompts
-    if args.mini_batch_prompts < ranks.count():
-        raise UserError(f"--mini-batch-prompts {args.mini_batch_prompts}: fewer than the {ranks.count()} ranks")
+    if args.mini_batch_prompts < ranks.world_size():
+        raise UserError(
+            f"--mini-batch-prompts {args.mini_batch_prompts}: fewer than the "
+            f"{ranks.world_size()} ranks"
+        )
+
+    # The policy and its frozen copy on their devices; the sampler; the optimizer.
     reference = copy.deepcopy(policy).requires_grad_(False) if args.beta else None
     ranks.place(policy, args)
     if reference:
         ranks.place(reference, args, frozen=True)
-    canary = [i for row in train_rows[:64] for i in row["ids"]][:min(64, args.max_prompt_tokens)]
-    policy.engine, which = open_engine(name, policy, canary, args)
+    canary = engines.canary_ids(train_rows, args)
+    policy.engine, engine_text = engines.open_engine(Engine, name, policy, canary, args)
     optimizer = ranks.make_optimizer(policy, args)
     state = init_state(args, policy)
-    out = ranks.gather(data.open_run(args, ALGORITHM) if ranks.mine() == 0 else None)[0]
+
+    # The run's folder, and where to begin.
+    out = ranks.gather(runs.open_run(args, ALGORITHM) if ranks.is_first() else None)[0]
     if args.is_correction == "auto":
         args.is_correction = "mask" if policy.engine else "none"
     if args.zero_advantage == "auto":
         args.zero_advantage = "keep" if args.beta else "drop"
-    resumes = args.resume and (out / "checkpoint").exists()
-    start = ranks.load_checkpoint(out / "checkpoint", policy, optimizer, state) if resumes else 0
-    log = data.RunLog(out, start, args)
-    print(analyze.opening(ALGORITHM, policy, which, args, out, steps, len(train_rows), len(eval_rows), mix, start))
-    if not start:
-        log.write({"step": 0} | evaluate(policy, tokenizer, eval_rows, args))
-    started = time.perf_counter()
-    for step, rows in enumerate(plan[start:], start + 1):
-        key = (args.seed, step)
-        batch, whole, samples, seconds = rollout(policy, tokenizer, rows, args.group_size, key, args.temperature, args)
-        rewards.stop_if_down(whole)
-        clock = time.perf_counter()
-        batch["old_logp"], entropy_BT, batch["old_h"] = log_probs(policy, batch, args)
-        per_token = {"log_w": batch["old_logp"] - batch["sampler_logp"], "entropy": entropy_BT}
-        if reference:
-            batch["ref_logp"], _, _ = log_probs(reference, batch, args)
-            per_token["log_ref"] = batch["ref_logp"] - batch["old_logp"]
-        per_token = ranks.gather({name: value_BT[batch["mask"]] for name, value_BT in per_token.items()})
-        batch["advantage"] = advantages(batch, state, args) * importance_weights(batch, args)
-        seconds["logprobs"] = time.perf_counter() - clock
-        stats = []
-        for m in range(minis):
-            mine = (batch["group"] // args.mini_batch_prompts == m) & is_trained_on(batch)
-            if ranks.reduce([int(mine.sum())])[0]:  # every verifier call may have failed
-                done = (step - 1) * minis + m + 1
-                lr = args.lr * min(1.0, done / max(1, args.warmup_steps))
-                stats.append(update(policy, optimizer, take(batch, mine), lr, (*key, m), state, args))
-        seconds["update"] = time.perf_counter() - clock - seconds["logprobs"]
-        seconds = dict(zip(seconds, ranks.reduce(list(seconds.values()), "max")))
-        line = {"step": step, **analyze.step_metrics(seconds, whole, stats, per_token)}
-        if step == steps or args.eval_every and step % args.eval_every == 0:
-            line |= evaluate(policy, tokenizer, eval_rows, args)
-        verdicts = Counter(f"{s['domain']}: {s['verdict'].split()[0].rstrip(':')}" for s in samples)
-        log.write(line | {"verdicts": verdicts}, [{"step": step, **s} for s in samples[::max(1, len(samples) // 20)]])
-        print(analyze.live_line(line, steps, time.perf_counter() - started, step - start), flush=True)
-        if step % args.save_every == 0 or step == steps:
-            ranks.save_checkpoint(out, step, policy, tokenizer, optimizer, state)
-    if ranks.mine() == 0:
-        analyze.close_run(log.lines, out, f"{ALGORITHM} on {args.model}")
-    return out
+    start = 0
+    if args.resume and (out / "checkpoint").exists():
+        start = checkpoints.load_checkpoint(out / "checkpoint", policy, optimizer, state)
+    run = Run(args, out, policy, reference, tokenizer, optimizer, state, plan, eval_rows, start)
+    run.log = runs.RunLog(out, start, args)
+    print(reports.opening(ALGORITHM, run, engine_text, mix, len(train_rows)))
+    return run
+
+
+def load_policy(name: str, dtype: str):
+    """(tokenizer, Policy) with fp32 master weights, on the CPU (ranks.place() moves it).
+
+    Raises UserError for a model whose logits are not its output head times its hidden states.
+    """
+    tokenizer, model, stop_ids = models.load_model(name)
+    policy = Policy(model.eval(), len(tokenizer), stop_ids)  # eval: no dropout
+    ids_BT = torch.arange(8)[None]
+    with torch.no_grad():
+        our_logp_T = policy.own_logp(ids_BT[0].tolist())
+        logp_TV = model(ids_BT).logits[0, :-1, : policy.vocab].log_softmax(-1)
+    its_logp_T = logp_TV.gather(-1, ids_BT[0, 1:, None])[:, 0]
+    if not torch.allclose(its_logp_T, our_logp_T, atol=1e-3):
+        raise UserError(
+            f"--model {name}: its logits are not its output head times its last hidden state "
+            "(soft-capped or scaled, as in Gemma 2 and Granite); its log-probs would be wrong here"
+        )
+    policy.bf16 = dtype == "bfloat16" or dtype == "auto" and torch.cuda.is_available()
+    return tokenizer, policy
 
 
 if __name__ == "__main__":
-    data.run_main(main)
+    cli.run_main(main)

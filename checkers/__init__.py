@@ -1,0 +1,1 @@
+"""How an answer is judged where a line of code is not enough."""

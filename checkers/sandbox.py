@@ -1,0 +1,165 @@
+"""Runs model-written code against tests so that the machine survives and the verdict is not forged.
+
+Threat model. Reinforcement learning optimises against the verdict, so the code is adversarial: it
+may loop, allocate, fork, read the tests, patch builtins, return objects equal to everything, and
+write to every descriptor.
+
+Design. A worker that never reads a job forks, per job, S (the model's code) and T (the tests).
+T alone reads the job and holds the pipe of the verdict; S is sent the source only. The tests'
+unknown names are calls into S. Values cross as tagged JSON and are rebuilt as exact builtin types;
+what is not plain data crosses as a handle that can only be called. Both seal themselves before
+they run anything: limits on memory, time and file size, and a seccomp allow-list without open,
+socket, fork, exec, kill, ptrace, prctl and prlimit. The modules of PRELOAD can be imported, no
+others. All of that is in sandbox_worker.py. It needs Linux on x86_64 or aarch64; no root, no
+namespaces, no packages.
+
+Guaranteed where self_test() holds: no file, process or socket beyond S and T; the limits; a verdict
+that only T can write.
+Still forgeable: weak tests (properties between the model's own functions, inputs that can be
+guessed).
+Failed although honest: generators, own classes compared by value, arguments mutated in place,
+files, processes, sockets.
+
+Verdict.why: passed, assertion, exception:<Name>, timeout, memory, syntax, no-call (the tests called
+nothing), cannot-cross, import-missing, sealed-refusal, crashed.
+"""
+
+import concurrent.futures
+import os
+import platform
+import queue
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from checkers.sandbox_worker import MACHINES, Gone, receive, send
+from checkers.sandbox_worker import lines_of as lines_of  # checkers/code.py compares by it, too
+
+CORES = os.cpu_count() or 1
+UNSAFE = False  # True (--allow-unsafe-code): no seccomp; the two processes and the limits stay
+
+idle: queue.SimpleQueue = queue.SimpleQueue()  # workers that wait for a job
+
+
+def allow_unsafe(allowed: bool) -> None:
+    """Whether workers that start from here on may run code that this machine cannot seal."""
+    global UNSAFE
+    UNSAFE = allowed
+
+
+class Verdict(NamedTuple):
+    passed: bool
+    why: str
+
+
+def start_worker() -> subprocess.Popen:
+    """A new worker, which waits for jobs on its stdin."""
+    script = Path(__file__).with_name("sandbox_worker.py")
+    # -I and -S: neither environment variables nor files of this folder change what it imports.
+    # Model-written code uses numpy, so the folders of installed packages follow as arguments.
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", str(script), str(int(UNSAFE)), *packages],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        start_new_session=True,  # Ctrl-C in the terminal is the trainer's, not the worker's
+        env={"OPENBLAS_NUM_THREADS": "1"},  # nothing else: the environment may hold secrets
+    )
+
+
+def ask_worker(job: dict) -> str | None:
+    """The word of one job's verdict, or None if the worker died over it."""
+    try:
+        worker = idle.get_nowait()
+    except queue.Empty:
+        worker = start_worker()
+    try:
+        send(worker.stdin, job)
+        why = receive(worker.stdout)
+    except (Gone, OSError):
+        worker.kill()
+        worker.wait()
+        return None
+    idle.put(worker)
+    return why
+
+
+def ask(job: dict) -> str:
+    """The word of one job's verdict; "crashed" if two workers died over it.
+
+    The second try is there because a worker may have been killed from outside.
+    """
+    for _ in range(2):
+        why = ask_worker(job)
+        if why is not None:
+            return why
+    return "crashed"
+
+
+def split_tests(tests: dict) -> list[dict]:
+    """What a job is made of, one by one: all asserts together, or each input with its output."""
+    if "asserts" in tests:
+        return [tests]
+    inputs = tests.get("inputs", [])
+    outputs = tests.get("outputs", [])
+    return [{"input": i, "output": o} for i, o in zip(inputs, outputs, strict=True)]
+
+
+def run(code: str, tests: dict, timeout: float = 5.0, memory_mb: int = 1024) -> Verdict:
+    """The verdict of the code under its tests, which have one of two forms:
+
+        {"asserts": Python, "setup": Python}       functions
+        {"inputs": [text…], "outputs": [text…]}    programs: stdin → stdout
+
+    The setup runs before the code and before the asserts, whose own names win over the code's. A
+    program's stdout must equal the output line by line, trailing white space aside. timeout (in
+    seconds of wall clock) and memory_mb (in MiB) hold for each input.
+    """
+    parts = split_tests(tests)
+    if not parts:
+        return Verdict(False, "no-call")
+    for part in parts:
+        job = {"code": code, "tests": part, "timeout": timeout, "memory": memory_mb << 20}
+        why = ask(job)
+        if why != "passed":
+            return Verdict(False, why)
+    return Verdict(True, "passed")
+
+
+def run_many(jobs: list[tuple], workers: int | None = None) -> list[Verdict]:
+    """run(*job) for each job, in order, on at most as many workers as there are cores."""
+    with concurrent.futures.ThreadPoolExecutor(min(workers or CORES, CORES)) as pool:
+        return list(pool.map(lambda job: run(*job), jobs))
+
+
+PROBES = {
+    "open": "open('/dev/null')",
+    "fork": "os.fork()",
+    "socket": "socket.socket()",
+    "kill": "os.kill(os.getpid(), 0)",
+    "exec": "os.execv('/bin/true', ['true'])",
+}
+PROBE = """
+import os, socket
+def probe():
+    try:
+        {}
+    except PermissionError:
+        return "refused"
+"""
+
+
+def self_test() -> dict[str, bool]:
+    """Whether this machine seals: for each of PROBES, is it refused; and "sealed", are all."""
+    machine_is_known = sys.platform == "linux" and platform.machine() in MACHINES
+    refused = {}
+    for name, attempt in PROBES.items():
+        refused[name] = False
+        if machine_is_known:
+            verdict = run(PROBE.format(attempt), {"asserts": "assert probe() == 'refused'"})
+            refused[name] = verdict.passed
+    refused["sealed"] = all(refused.values())
+    return refused

@@ -1,0 +1,141 @@
+"""Worker processes for checks that could hang on a model's text: those of checkers.third_party.
+
+`python -m checkers.workers`, run from the repository's root, reads one job per line of stdin, as
+JSON, and writes its verdict as a line of JSON. The kernel's timer kills it when a job takes longer
+than MATH_SECONDS.
+
+    {"check": "math", "gold": "\\frac12", "answer": "0.5"}   →   "right"
+"""
+
+import atexit
+import concurrent.futures
+import contextlib
+import json
+import os
+import queue
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from checkers import third_party
+from common.errors import UserError
+
+WORKERS = max(1, min(8, os.cpu_count() or 2))
+MATH_SECONDS = 5  # wall-clock limit of one job
+MEMORY_BYTES = 4 << 30  # of a worker's address space
+ROOT = Path(__file__).resolve().parent.parent
+
+CHECKS = {  # a job's "check" → what it imports, the check itself
+    "math": (third_party.import_math_verify, third_party.math_equal),
+    "gym": (third_party.import_reasoning_gym, third_party.gym_right),
+    "if": (third_party.import_if_verifiable, third_party.if_met),
+    "bfcl": (third_party.import_bfcl, third_party.calls_right),
+}
+
+
+# ---------------- the caller's side ----------------
+
+
+class Worker:
+    """A running worker process."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "checkers.workers"],
+            cwd=ROOT,  # whatever directory the caller is in, -m finds the package here
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            bufsize=1,
+            encoding="utf-8",
+            errors="replace",
+        )
+
+    def ask(self, job: dict) -> str | None:
+        """The worker's verdict, or None when it died over the job."""
+        try:
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline() or "null")
+        except (BrokenPipeError, json.JSONDecodeError):
+            return None
+
+    def close(self) -> int:
+        """End the process. Returns its exit status (negative: the signal that killed it)."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(0.5)  # one that is dying by itself leaves the status that says why
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+        return self.process.returncode
+
+
+idle_workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+
+
+@atexit.register
+def close_workers() -> None:
+    while not idle_workers.empty():
+        idle_workers.get_nowait().close()
+
+
+def ask_worker(job: dict) -> str:
+    """The verdict of one job, by an idle worker or a new one."""
+    try:
+        worker = idle_workers.get_nowait()
+    except queue.Empty:
+        worker = Worker()
+    verdict = worker.ask(job)
+    if verdict is not None:
+        idle_workers.put(worker)
+        return verdict
+
+    status = worker.close()
+    if status > 0:  # an exception outside the check: the checker itself is broken
+        raise UserError(
+            f"the {job['check']} checker cannot start: is its package installed? "
+            "(`python -m checkers.workers`, then a line of JSON, shows the error)"
+        )
+    return "timeout" if status == -signal.SIGALRM else "crashed"
+
+
+def ask_workers(jobs: list[dict]) -> list[str]:
+    """Each job's verdict, in order: "right", "wrong", "timeout", "crashed" or "error: <exception>".
+
+    At most WORKERS jobs run at a time. Raises UserError where a checker cannot start.
+    """
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        return list(pool.map(ask_worker, jobs))
+
+
+# ---------------- the worker's side ----------------
+
+
+def worker_loop() -> None:
+    """Answer jobs until stdin ends. Imports are not timed; each job is.
+
+    The timer's signal, SIGALRM, has its default action: it ends the process at once. A Python
+    handler would run only when the interpreter comes back from a long computation.
+    """
+    verdicts = sys.stdout
+    sys.stdout = sys.stderr  # what a package prints is no verdict
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    for line in sys.stdin:
+        job = json.loads(line)
+        import_packages, check = CHECKS[job.pop("check")]
+        import_packages()
+        signal.setitimer(signal.ITIMER_REAL, MATH_SECONDS)
+        try:
+            verdict = "right" if check(job) else "wrong"
+        except Exception as error:  # third-party code met a model's text: the answer is not right
+            verdict = f"error: {type(error).__name__}"
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(verdict), file=verdicts, flush=True)
+
+
+if __name__ == "__main__":
+    worker_loop()

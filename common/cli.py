@@ -1,0 +1,344 @@
+"""The command line: one argparse parser, argument types that check ranges, the shared flags.
+
+A flag that several scripts have stands in FLAGS, with one meaning everywhere. A flag of one script
+is defined in that script, with a type from here.
+"""
+
+import argparse
+import os
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+from common import ranks
+from common.errors import UserError
+from common.rows import DOMAINS
+
+# ---------------- argument types: they check ranges where a flag is defined ----------------
+
+
+def number(kind: type, rule: str, is_allowed):
+    """An argparse type: `kind` (int or float) of the text, refused where not is_allowed(value)."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text}: must be {name}") from None
+        if not is_allowed(value):
+            raise argparse.ArgumentTypeError(f"{text}: must {rule}")
+        return value
+
+    parse.metavar = "N" if kind is int else "X"
+    return parse
+
+
+positive_int = number(int, "be positive", lambda value: value > 0)
+natural = number(int, "not be negative", lambda value: value >= 0)
+positive_float = number(float, "be positive", lambda value: value > 0)
+non_negative_float = number(float, "not be negative", lambda value: value >= 0)
+fraction = number(float, "be at least 0 and below 1", lambda value: 0 <= value < 1)
+share = number(float, "be above 0 and at most 1", lambda value: 0 < value <= 1)
+
+
+def domain_name(text: str) -> str:
+    if text not in DOMAINS:
+        raise argparse.ArgumentTypeError(f"{text}: not one of {' '.join(DOMAINS)}")
+    return text
+
+
+def whole_distribution(text: str) -> float:
+    """--top-p in training: 1 is the only value that leaves the ratio unbiased."""
+    if share(text) != 1:
+        raise argparse.ArgumentTypeError(
+            f"{text}: refused, because a truncated sampler draws from another distribution than "
+            "the one whose log-probs are trained: the ratio would be biased"
+        )
+    return 1.0
+
+
+# ---------------- the parser ----------------
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help with short names for values, and every default in brackets."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=120)
+
+    def _get_default_metavar_for_optional(self, action):
+        if action.type in (int, float):
+            return {int: "N", float: "X"}[action.type]
+        return getattr(action.type, "metavar", "TEXT")
+
+    def _get_help_string(self, action):
+        if not action.option_strings or isinstance(action.default, bool):
+            return action.help
+        if action.default in (None, "", [], argparse.SUPPRESS):
+            return action.help
+        return f"{action.help} [%(default)s]"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations; a bad flag costs one line, not a page of usage.
+
+    doc: the script's docstring, shown by --help. usage: what stands before the flags.
+    toy: the defaults that `--model toy` has instead, shown at the end of --help.
+    """
+
+    def __init__(self, doc: str, usage: str = "", toy: dict | None = None):
+        super().__init__(
+            prog=script_name(),
+            description=doc,
+            usage=f"%(prog)s {usage}[flags]",
+            allow_abbrev=False,
+            formatter_class=Help,
+            epilog=toy_defaults(toy) if toy else "",
+        )
+
+    def error(self, message):
+        # Of argparse's "argument --lr: 0: must be positive", what a person wants to read.
+        message = re.sub(r"^argument (--[\w-]+): (?=\S+: )", r"\1 ", message)
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def script_name() -> str:
+    """What the command ran: grpo.py, or of `python -m studies.bench` the module."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec else Path(sys.argv[0]).name
+
+
+def toy_defaults(toy: dict) -> str:
+    flags = []
+    for name, value in toy.items():
+        if isinstance(value, (list, tuple)):
+            text = " ".join(map(str, value))
+        elif value == "":
+            text = "''"
+        else:
+            text = str(value)
+        flags.append(f"--{name.replace('_', '-')} {text}")
+    lines = textwrap.fill(" ".join(flags), 118, break_on_hyphens=False)
+    return f"In brackets: the default. --model toy has its own:\n{lines}"
+
+
+def add_flags(parser, *names: str, **defaults) -> None:
+    """Add some of FLAGS; `defaults` (by the attribute's name) replace the table's."""
+    for name in names:
+        parser.add_argument(name, **FLAGS[name])
+    parser.set_defaults(**defaults)
+
+
+def run_main(main, goes_on: str = "--resume continues from the last checkpoint") -> None:
+    """Call main(). A user's error or the machine's ends in one line on stderr and exit status 1.
+
+    goes_on: what to do after an interruption.
+    """
+    script = script_name()
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"{script}: {error}".replace("\n", " "))
+    except KeyboardInterrupt:
+        sys.exit(f"{script}: interrupted; {goes_on}")
+    if "RANK" in os.environ:
+        # gloo's threads abort the interpreter's exit now and then (docs/notes.md): leave without it
+        ranks.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+# ---------------- the flags that more than one script has ----------------
+
+SYSTEM_PROMPT = (
+    "Reason first, inside <think> and </think>. Then give only the final answer, inside <answer> "
+    "and </answer>."
+)
+FLAGS = {
+    # model and data
+    "--model": {
+        "default": "toy",
+        "help": "a folder, organisation/name, a bare name such as Qwen2.5-7B-Instruct, or toy",
+    },
+    "--data": {
+        "nargs": "+",
+        "default": [],
+        "help": ".jsonl files, folders of them, toy, humaneval, gym:<task>[,<task>…], cgpo, m2rl "
+        "(default: cgpo)",
+    },
+    "--eval-data": {
+        "nargs": "+",
+        "default": [],
+        "help": "evaluate on these rows instead of held-out rows of --data",
+    },
+    "--domains": {
+        "nargs": "+",
+        "default": [],
+        "help": "use only these domains (math code science writing if agent)",
+    },
+    "--domain-mix": {
+        "default": "",
+        "help": "each domain's share of a batch: math=2,code=1; or equal; default: as in the data",
+    },
+    "--curriculum": {
+        "choices": ["none", "omni-thinker", "self-paced"],
+        "default": "none",
+        "help": "order of the run's prompts. none: mixed; omni-thinker: code, math, science, "
+        "writing, the rest; self-paced: easy prompts first",
+    },
+    "--system-prompt": {
+        "default": SYSTEM_PROMPT,
+        "help": "asks the model for <think> and <answer>",
+    },
+    "--max-prompt-tokens": {
+        "type": positive_int,
+        "default": 1024,
+        "help": "longer prompts are dropped, and counted",
+    },
+    "--max-new-tokens": {
+        "type": positive_int,
+        "default": 4096,
+        "help": "a response is cut after this many tokens",
+    },
+    # sampling
+    "--temperature": {
+        "type": positive_float,
+        "default": 1.0,
+        "help": "temperature of the sampler and of every log-prob",
+    },
+    "--top-p": {
+        "type": whole_distribution,
+        "default": 1.0,
+        "help": "refused below 1 in training, because it biases the ratio",
+    },
+    "--engine": {
+        "choices": ["auto", "vllm", "hf"],
+        "default": "auto",
+        "help": "the sampler. hf: a loop over the trainer's own model; auto: vllm where it works, "
+        "else hf",
+    },
+    "--engine-memory": {
+        "type": share,
+        "default": 0.2,
+        "help": "share of the device's memory for vllm's KV cache",
+    },
+    "--rollout-tokens": {
+        "type": positive_int,
+        "default": 524288,
+        "help": "hf engine: tokens sampled at once; bounds the KV cache",
+    },
+    # optimization
+    "--lr": {"type": positive_float, "default": 1e-6, "help": "learning rate"},
+    "--warmup-steps": {
+        "type": natural,
+        "default": 0,
+        "help": "updates over which the learning rate rises linearly",
+    },
+    "--optim": {
+        "choices": ["adamw", "adamw8bit"],
+        "default": "adamw",
+        "help": "optimizer; adamw8bit is torchao's, with moments of 8 bits",
+    },
+    "--adam-betas": {
+        "type": fraction,
+        "nargs": 2,
+        "default": (0.9, 0.999),
+        "help": "AdamW's two betas",
+    },
+    "--weight-decay": {
+        "type": non_negative_float,
+        "default": 0.0,
+        "help": "AdamW's decoupled weight decay",
+    },
+    "--max-grad-norm": {
+        "type": non_negative_float,
+        "default": 1.0,
+        "help": "gradients are clipped to this norm; 0: never",
+    },
+    "--micro-batch-tokens": {
+        "type": positive_int,
+        "default": 16384,
+        "help": "tokens, padding included, of one forward and backward pass",
+    },
+    "--cpu-offload": {
+        "action": "store_true",
+        "help": "keep fp32 weights, gradients and optimizer state on the CPU (FSDP2)",
+    },
+    "--checkpoint-activations": {
+        "action": "store_true",
+        "help": "recompute each block in the backward pass instead of keeping its activations",
+    },
+    "--dtype": {
+        "choices": ["auto", "float32", "bfloat16"],
+        "default": "auto",
+        "help": "type of the computations; auto: bfloat16 on CUDA, else float32",
+    },
+    # rewards
+    "--reward-scheme": {
+        "choices": ["cgpo", "m2rl", "lenient"],
+        "default": "cgpo",
+        "help": "cgpo: +1, −0.5, −1 of the CGPO paper; m2rl: 0 or 1; lenient: 0 or 1, and <think> "
+        "may be missing",
+    },
+    "--verifier-url": {
+        "default": "",
+        "help": "OpenAI-compatible server of the science verifier (general-verifier)",
+    },
+    "--judge-url": {
+        "default": "",
+        "help": "OpenAI-compatible server of the writing judge (Qwen2.5-72B-Instruct)",
+    },
+    "--judge-both-orders": {
+        "action": "store_true",
+        "help": "show each pair to the judge in both orders; disagreement is a tie",
+    },
+    "--sandbox-url": {
+        "default": "",
+        "help": "SandboxFusion server that runs code instead of the local sandbox",
+    },
+    "--allow-unsafe-code": {
+        "action": "store_true",
+        "help": "run model-written code although this machine cannot seal it",
+    },
+    # the run
+    "--seed": {"type": int, "default": 0, "help": "seed of every random number"},
+    "--threads": {"type": natural, "default": 0, "help": "CPU threads; 0: torch's choice"},
+    "--out": {
+        "default": "",
+        "help": "folder of the run (default: runs/<script>-<model>-<hash of the flags>)",
+    },
+    "--resume": {
+        "action": "store_true",
+        "help": "continue the run in --out from its last checkpoint",
+    },
+    "--save-every": {
+        "type": positive_int,
+        "default": 20,
+        "help": "steps between two checkpoints",
+    },
+    "--eval-every": {
+        "type": natural,
+        "default": 0,
+        "help": "steps between two evaluations; 0: only before and after the run",
+    },
+    "--eval-prompts": {
+        "type": natural,
+        "default": 32,
+        "help": "held-out prompts per domain (at most a quarter of its rows)",
+    },
+    "--eval-samples": {
+        "type": natural,
+        "default": 4,
+        "help": "sampled responses per held-out prompt, beside a greedy one",
+    },
+    "--eval-domains": {
+        "type": domain_name,
+        "nargs": "+",
+        "default": [],
+        "help": "evaluate these domains (default: the run's)",
+    },
+    "--wandb": {"default": "", "help": "log to this Weights & Biases project too"},
+}

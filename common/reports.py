@@ -1,0 +1,245 @@
+"""What a run says: a step's metrics, the line it prints, the closing table, the curves."""
+
+import resource
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import ranks
+from common.rows import DOMAINS
+
+# ---------------- metrics ----------------
+
+
+def by_domain(line: dict, prefix: str) -> dict[str, float]:
+    """{domain: value} of the metrics named <prefix>/<domain>, in DOMAINS' order."""
+    return {d: line[f"{prefix}/{d}"] for d in DOMAINS if f"{prefix}/{d}" in line}
+
+
+def domain_metrics(columns: dict) -> dict[str, float]:
+    """A batch's metrics by domain, from its columns [B].
+
+    reward, accuracy    means over the scored responses
+    invalid, truncated  shares of the responses
+    zero_variance       share of the groups whose rewards are all equal
+    verifier_errors     responses whose verifier failed
+    prompts             groups
+    """
+    metrics = {}
+    for k in columns["domain"].unique().tolist():
+        row_B = columns["domain"] == k
+        reward_B, group_B = columns["reward"][row_B], columns["group"][row_B]
+        scored_B = ~reward_B.isnan()
+        groups = group_B.unique()
+        all_equal = 0
+        for group in groups:
+            if reward_B[scored_B & (group_B == group)].unique().numel() < 2:
+                all_equal += 1
+        values = {
+            "reward": reward_B[scored_B].mean(),
+            "accuracy": columns["correct"][row_B][scored_B].double().mean(),
+            "invalid": (~columns["valid"][row_B]).double().mean(),
+            "truncated": columns["truncated"][row_B].double().mean(),
+            "zero_variance": all_equal / len(groups),
+            "verifier_errors": int((~scored_B).sum()),
+            "prompts": len(groups),
+        }
+        for name, value in values.items():
+            if value == value:  # NaN: no response of this domain was scored
+                metrics[f"{name}/{DOMAINS[k]}"] = float(value)
+    return metrics
+
+
+def mean_stats(stats_of_updates: list[dict]) -> dict[str, float]:
+    """Mean of statistics over updates, weighted by their "tokens"; of "tokens" the sum."""
+    names = dict.fromkeys(name for stats in stats_of_updates for name in stats if name != "tokens")
+    means = {}
+    for name in names:
+        having = [stats for stats in stats_of_updates if name in stats]
+        total = sum(stats[name] * stats["tokens"] for stats in having)
+        means[name] = total / sum(stats["tokens"] for stats in having)
+    means["tokens"] = sum(stats["tokens"] for stats in stats_of_updates)
+    return means
+
+
+def step_metrics(
+    seconds: dict, columns: dict, stats_of_updates: list[dict], per_token: list[dict]
+) -> dict[str, float]:
+    """A step's line of metrics.jsonl.
+
+    seconds: by phase. columns: the batch's columns [B], of all ranks. per_token: for each rank,
+    values of every sampled token [N], taken before any update:
+        log_w    log π_old/π_sampler, unclipped
+        entropy  of π_old
+        log_ref  log π_ref/π_old, where there is a reference
+    """
+    values_N = {}
+    for name in per_token[0]:
+        values_N[name] = torch.cat([values[name] for values in per_token])
+    log_w_N = values_N["log_w"]
+    w_N = log_w_N.exp()
+    token_metrics = {
+        "mismatch/mean": log_w_N.abs().mean(),
+        "mismatch/max": log_w_N.abs().max(),
+        "is_ratio/mean": w_N.mean(),
+        "is_ratio/min": w_N.min(),
+        "is_ratio/max": w_N.max(),
+        "is_ratio/outside": ((w_N < 0.5) | (w_N > 2)).float().mean(),
+        "entropy": values_N["entropy"].mean(),
+    }
+    if "log_ref" in values_N:
+        log_ref_N = values_N["log_ref"]
+        token_metrics["kl"] = (log_ref_N.exp() - log_ref_N - 1).mean()  # k3
+
+    tokens = int(columns["tokens"].sum())
+    metrics = mean_stats(stats_of_updates)
+    for phase, value in seconds.items():
+        metrics[f"seconds/{phase}"] = value
+    metrics["tokens"] = tokens
+    metrics["tokens_per_s"] = tokens / seconds["rollout"]
+    metrics |= domain_metrics(columns)
+    metrics |= {name: value.item() for name, value in token_metrics.items()}
+    return metrics
+
+
+def verdict_counts(samples: list[dict]) -> dict[str, int]:
+    """{"domain: the verdict's first word": how many responses}."""
+    counts = Counter()
+    for sample in samples:
+        word = sample["verdict"].split()[0].rstrip(":")
+        counts[f"{sample['domain']}: {word}"] += 1
+    return counts
+
+
+def peak_memory() -> int:
+    """Bytes: the device's peak of tensors on CUDA, the process's peak resident size on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ---------------- what a run prints ----------------
+
+
+def opening(algorithm: str, run, engine: str, mix: dict[str, float], prompts: int) -> str:
+    """What a run says first: model, engine, and the batch arithmetic in words.
+
+    run: the algorithm file's Run. mix: the domains' shares. prompts: how many to train on.
+    """
+    args, policy, steps = run.args, run.policy, len(run.plan)
+    parameters = sum(p.numel() for p in policy.parameters())
+    compute = "bf16" if policy.bf16 else "fp32"
+    mini_batches = args.batch_prompts // args.mini_batch_prompts
+    responses = args.batch_prompts * args.group_size
+    shares = ", ".join(f"{domain} {share:.2f}" for domain, share in mix.items())
+    lines = [
+        f"{algorithm} · {args.model} ({parameters / 1e6:.2f} M parameters, "
+        f"{policy.model.device.type}, {compute} compute) · {run.out}",
+        f"engine {engine}; importance-sampling correction {args.is_correction}",
+        f"{args.batch_prompts} prompts × {args.group_size} samples = {responses} responses a step; "
+        f"{mini_batches} mini-batch(es) of {args.mini_batch_prompts} prompts; {steps} steps = "
+        f"{steps * mini_batches} updates; {ranks.world_size()} rank(s); {prompts} training and "
+        f"{len(run.eval_rows)} held-out prompts",
+        f"mix {shares}",
+    ]
+    if run.start:
+        lines[-1] += f"; resumed after step {run.start}"
+    return "\n".join(lines)
+
+
+def live_line(line: dict, steps: int, seconds: float, steps_done: int) -> str:
+    """One step in one line: mean reward over domains, accuracies, sampler speed, time left."""
+    reward = by_domain(line, "reward")
+    mean = np.mean(list(reward.values())) if reward else float("nan")  # nan: no response was scored
+    accuracies = " ".join(f"{d} {value:.2f}" for d, value in by_domain(line, "accuracy").items())
+    left = int(seconds / steps_done * (steps - line["step"]))
+    return (
+        f"step {line['step']:4d}/{steps}  reward {mean:+.2f}  {accuracies}  "
+        f"{line['tokens_per_s']:,.0f} tok/s  {left // 60}:{left % 60:02d} left"
+    )
+
+
+def closing_table(lines: list[dict]) -> str:
+    """Held-out accuracy by domain, before → after, and how many prompts were trained on."""
+    evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
+    if not evaluated:
+        return "no held-out prompts: nothing evaluated"
+    first, last = evaluated[0], evaluated[-1]
+    prompts = {d: sum(line.get(f"prompts/{d}", 0) for line in lines) for d in DOMAINS}
+    total = sum(prompts.values()) or 1
+
+    def arrow(before: float, after: float) -> str:
+        return f"  {before:.2f} → {after:.2f}    "
+
+    table = ["domain      sampled          greedy           prompts trained on"]
+    values = []  # [domain][sampled, greedy][before, after]
+    for d in by_domain(first, "eval/greedy"):
+        pairs = []
+        for kind in ("sampled", "greedy"):
+            name = f"eval/{kind}/{d}"
+            pairs.append([first.get(name, float("nan")), last.get(name, float("nan"))])
+        values.append(pairs)
+        cells = "".join(arrow(*pair) for pair in pairs)
+        table.append(f"{d:<10}{cells}  {prompts[d]:.0f} ({prompts[d] / total:.0%})")
+    table.append(f"{'mean':<10}" + "".join(arrow(*pair) for pair in np.mean(values, 0)))
+    return "\n".join(table)
+
+
+def close_run(lines: list[dict], out: Path, title: str) -> None:
+    """Print the closing table, draw the curves, and say where everything is."""
+    print(closing_table(lines))
+    plot_curves(lines, out / "curves.png", title)
+    print(
+        f"peak memory {peak_memory() / 2**30:.2f} GiB · curves {out / 'curves.png'} · samples "
+        f"{out / 'samples.jsonl'} · model {out / 'checkpoint'}"
+    )
+
+
+# ---------------- curves ----------------
+
+
+def smoothed(values: list[float], width: int) -> list[float]:
+    """Trailing means over `width` values."""
+    means = []
+    for i in range(len(values)):
+        means.append(float(np.mean(values[max(0, i - width + 1) : i + 1])))
+    return means
+
+
+def accuracy_curves(lines: list[dict]) -> dict[str, tuple[list, list]]:
+    """{domain, and "mean" over them: (steps, training accuracies)}."""
+    curves = {}
+    for domain in DOMAINS:
+        points = [line for line in lines if f"accuracy/{domain}" in line]
+        if points:
+            steps = [line["step"] for line in points]
+            curves[domain] = (steps, [line[f"accuracy/{domain}"] for line in points])
+    means = [np.mean(list(by_domain(line, "accuracy").values())) for line in lines]
+    curves["mean"] = ([line["step"] for line in lines], means)
+    return curves
+
+
+def plot_curves(lines: list[dict], path: Path, title: str) -> None:
+    """Training accuracy by domain, smoothed over a tenth of the run; raw values faint."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [line for line in lines if by_domain(line, "accuracy")]
+    if not lines:
+        return
+    width = max(1, len(lines) // 10)
+    figure, axis = plt.subplots(figsize=(7.2, 4.2), dpi=120)
+    for name, (steps, values) in accuracy_curves(lines).items():
+        style = {"lw": 2.6, "color": "black"} if name == "mean" else {"lw": 1.4}
+        (curve,) = axis.plot(steps, smoothed(values, width), label=name, **style)
+        axis.plot(steps, values, lw=0.5, alpha=0.2, color=curve.get_color())
+    axis.set(xlabel="step", ylabel="accuracy of sampled responses", ylim=(0, 1.02), title=title)
+    axis.grid(alpha=0.25)
+    axis.legend(ncol=3, frameon=False, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

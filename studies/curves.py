@@ -1,0 +1,193 @@
+"""Reward and accuracy along training, by domain, of several runs side by side.
+
+    python -m studies.analyze curves --runs runs/joint runs/math runs/code --out analyses/curves
+    python -m studies.analyze curves --runs GRPO=runs/a CGPO=runs/b --kinds accuracy \\
+        --out docs/grpo_cgpo
+
+Curves are smoothed over a tenth of each run, and the raw values are faint. The held-out accuracy is
+there where a run evaluated on the way (--eval-every; with --eval-domains also on domains that it
+does not train: M2RL's Figure 2). With one kind the last panel is the mean over the domains.
+
+It prints what each run cost (M2RL's Table 2): hours of its steps × ranks, without evaluation.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import read_jsonl
+from common.reports import smoothed
+from common.rows import DOMAINS
+from studies import pictures
+from studies.folders import named_folders
+
+# metrics.jsonl's <kind>/<domain> → the axis label
+KINDS = {"reward": "reward", "accuracy": "accuracy", "eval/sampled": "held-out accuracy"}
+
+
+def parse_args(parser, argv):
+    add = parser.add_argument
+    add("--runs", nargs="+", required=True, help="folders of runs, or NAME=FOLDER")
+    add(
+        "--mixed",
+        default="",
+        help="name of the mixed run, whose cost is compared with that of all others together",
+    )
+    add(
+        "--kinds",
+        nargs="+",
+        choices=list(KINDS),
+        default=list(KINDS),
+        help="draw only these: reward, accuracy (of training), eval/sampled (held-out accuracy)",
+    )
+    return parser.parse_args(argv)
+
+
+def run(args):
+    """(numbers, figure). numbers: {run: {hours, steps, sampled_tokens, "<kind>/<domain>": points}}.
+
+    A point is (step, value). Raises UserError.
+    """
+    runs = {}
+    for name, folder in named_folders(args.runs).items():
+        runs[name] = read_run(Path(folder))
+    for name, numbers in runs.items():
+        print(
+            f"{name:<16} {numbers['steps']:6d} steps  {numbers['sampled_tokens'] / 1e6:10.2f} M "
+            f"sampled tokens  {numbers['hours']:10.4f} hours × ranks"
+        )
+    if args.mixed:
+        compare_cost(runs, args.mixed)
+    return runs, draw(runs, args.kinds)
+
+
+def read_run(folder: Path) -> dict:
+    """The costs of a run, and its points by kind and domain. Raises UserError."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        raise UserError(f"{folder} holds no run (metrics.jsonl)")
+    lines = read_jsonl(path)
+    if not lines:
+        raise UserError(f"{path} has no whole line")
+    world_size = json.loads((folder / "args.json").read_text()).get("ranks", 1)
+    seconds = []
+    for line in lines:
+        seconds += [value for name, value in line.items() if name.startswith("seconds/")]
+    numbers = {
+        "hours": sum(seconds) * world_size / 3600,
+        "steps": lines[-1]["step"],
+        "sampled_tokens": sum(line.get("tokens", 0) for line in lines),
+    }
+    for kind in KINDS:
+        for domain in DOMAINS:
+            name = f"{kind}/{domain}"
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                numbers[name] = points
+    return numbers
+
+
+def compare_cost(runs: dict, mixed: str) -> None:
+    """Add the mixed run's share of the others' hours, and print it. Raises UserError."""
+    if mixed not in runs or len(runs) < 2:
+        raise UserError(f"--mixed {mixed}: not the name of one of several runs ({', '.join(runs)})")
+    separate = sum(numbers["hours"] for name, numbers in runs.items() if name != mixed)
+    share = runs[mixed]["hours"] / separate
+    runs[mixed]["share_of_the_others"] = share
+    print(f"{mixed} took {share:.1%} of the others' time together (M2RL: 63.7%)")
+
+
+# ---------------- the picture ----------------
+
+
+def draw(runs: dict, kinds: list[str]):
+    """One kind: a panel per domain, and their mean. Several: a row of panels per kind."""
+    kinds = [kind for kind in kinds if domains_of(runs, [kind])]
+    domains = domains_of(runs, kinds)
+    if not domains:
+        raise UserError("no run has values to draw: --kinds chooses what is drawn")
+    if len(kinds) == 1:
+        figure, axes = draw_one_kind(runs, kinds[0], domains)
+    else:
+        figure, axes = draw_kinds(runs, kinds, domains)
+    pictures.legend_below(figure, axes)
+    return figure
+
+
+def domains_of(runs: dict, kinds: list[str]) -> list[str]:
+    """The domains that any run has values of these kinds of."""
+    domains = []
+    for domain in DOMAINS:
+        names = [f"{kind}/{domain}" for kind in kinds]
+        if any(name in numbers for numbers in runs.values() for name in names):
+            domains.append(domain)
+    return domains
+
+
+def draw_one_kind(runs: dict, kind: str, domains: list[str]):
+    panels = [*domains, "mean"] if len(domains) > 1 else domains
+    rows, columns = pictures.grid_shape(len(panels))
+    figure, axes = pictures.grid(rows, columns, sharey=True)
+    for i, panel in enumerate(panels):
+        axis = axes.flat[i]
+        for color, (name, numbers) in enumerate(runs.items()):
+            if panel == "mean":
+                points = mean_points(numbers, kind, domains)
+            else:
+                points = numbers.get(f"{kind}/{panel}", [])
+            draw_curve(axis, points, name, f"C{color}", kind)
+        axis.set_title("mean over domains" if panel == "mean" else panel)
+        if i + columns >= len(panels):  # nothing below it
+            axis.set_xlabel("training step")
+        if i % columns == 0:
+            axis.set_ylabel(KINDS[kind])
+    if kind != "reward":
+        axes[0, 0].set_ylim(0, 1.02)
+    return figure, axes
+
+
+def draw_kinds(runs: dict, kinds: list[str], domains: list[str]):
+    figure, axes = pictures.grid(len(kinds), len(domains), panel_height=2.0, sharey="row")
+    for row, kind in enumerate(kinds):
+        for column, domain in enumerate(domains):
+            axis = axes[row, column]
+            for color, (name, numbers) in enumerate(runs.items()):
+                points = numbers.get(f"{kind}/{domain}", [])
+                draw_curve(axis, points, name, f"C{color}", kind)
+            if row == 0:
+                axis.set_title(domain)
+            if row == len(kinds) - 1:
+                axis.set_xlabel("training step")
+        axes[row, 0].set_ylabel(KINDS[kind])
+        if kind != "reward":
+            axes[row, 0].set_ylim(-0.02, 1.02)
+    return figure, axes
+
+
+def draw_curve(axis, points: list[tuple], name: str, color: str, kind: str) -> None:
+    """A run's line in a panel.
+
+    Training values are smoothed, the raw ones faint. Evaluations are few and drawn as they are.
+    """
+    if not points:
+        return
+    steps, values = zip(*points)
+    if kind == "eval/sampled":
+        axis.plot(steps, values, lw=1.6, color=color, label=name, marker=".")
+    else:
+        width = max(1, len(values) // 10)
+        axis.plot(steps, smoothed(values, width), lw=1.8, alpha=0.9, color=color, label=name)
+        axis.plot(steps, values, lw=0.5, alpha=0.2, color=color)
+
+
+def mean_points(numbers: dict, kind: str, domains: list[str]) -> list[tuple]:
+    """(step, mean over the domains) at the steps that have a value of every domain."""
+    value_of = {domain: dict(numbers.get(f"{kind}/{domain}", [])) for domain in domains}
+    points = []
+    for step in value_of[domains[0]]:
+        if all(step in values for values in value_of.values()):
+            mean = np.mean([values[step] for values in value_of.values()])
+            points.append((step, float(mean)))
+    return points
