@@ -356,7 +356,7 @@ def open_model(args):
 
 
 def encode_rows(rows: list[dict], tokenizer, args) -> list[dict]:
-    """The rows with their prompts' tokens. Raises UserError where a benchmark would lose some."""
+    """The rows with their prompts' tokens. Raises UserError if a benchmark would lose some."""
     encoded = data.encode_prompts(
         rows,
         tokenizer,
@@ -588,7 +588,7 @@ def table(scores: dict, k: int, pass_k: int) -> str:
 def read_items(folder) -> list[dict]:
     """The finished prompts of an evaluation; a last line cut by a kill is left out.
 
-    Raises UserError where there is no evaluation.
+    Raises UserError if there is no evaluation.
     """
     path = Path(folder) / "items.jsonl"
     if not path.exists():

@@ -616,7 +616,7 @@ def write_shard(merge: Merge, path: Path, names: list[str], dtype: dict, thresho
 
 
 def rounded(merged_N, dtype: torch.dtype, name: str):
-    """A merged piece in the type that is written. Raises UserError where that is not finite."""
+    """A merged piece in the type that is written. Raises UserError if that is not finite."""
     piece_N = merged_N.to(dtype)
     if not piece_N.sum(dtype=torch.float32).isfinite() and not piece_N.isfinite().all():
         raise UserError(

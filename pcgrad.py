@@ -23,8 +23,9 @@ metrics.jsonl, of a rank.
     python pcgrad.py --model Qwen2.5-7B-Instruct --data train.jsonl \\
         --judge-url http://localhost:8000
 
-Suffixes give a tensor's shape: P prompts, G group size, B sequences (P·G), T tokens, V vocabulary,
-H hidden, K domains; N is the response tokens of several sequences, one after the other.
+Suffixes give a tensor's shape, or a list's length: P prompts, G group size, B sequences (P·G),
+T tokens (of prompt and response), V vocabulary, H hidden, K domains, 1 a dimension of size 1. N is
+the response tokens of several sequences, one after the other.
 """
 
 # ---------------- SHARED: imports ----------------
@@ -51,9 +52,17 @@ from sources.models import resolve_model
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 ALGORITHM = Path(__file__).stem
-Batch = dict[
-    str, torch.Tensor
-]  # one row per sequence: [B], [B, T] or [B, 1, H]; never changed in place
+
+# A batch has one row per response: its prompt, the response, padding. Columns are added to it, but
+# its tensors are never changed in place. The columns that this file works with:
+#   ids, mask                [B, T]  token ids; True on the response, its end token included
+#   length                   [B]     tokens of prompt and response
+#   group                    [B]     the number of the row's prompt in this step, 0 … P − 1
+#   domain, reward           [B]     its place in DOMAINS; NaN if the verifier failed
+#   sampler_logp             [B, T]  log π_sampler of each token, 0 outside the mask
+#   old_logp, ref_logp       [B, T]  log π_old and log π_ref, likewise
+#   advantage, importance    [B, T]  A and w of the header
+Batch = dict[str, torch.Tensor]
 
 
 # ---------------- SHARED: arguments ----------------
@@ -71,7 +80,7 @@ TOY = {
     "eval_prompts": 40,
     "eval_samples": 8,
     "engine": "hf",  # vllm takes longer to start than the toy takes to train
-    "engine_memory": 0.02,
+    "engine_memory": 0.02,  # if --engine vllm is given
 }
 
 
@@ -79,13 +88,13 @@ def parse_args(argv: list[str] | None = None):
     """The flags. Defaults are the CGPO paper's (sections 4.1 and C.4); --model toy has its own."""
     parser = cli.Parser(__doc__, toy=TOY | ALGO_TOY)
     add = parser.add_argument
-    add("--steps", type=cli.natural, default=0, help="rollout steps; 0: one epoch")
+    add("--steps", type=cli.natural, default=0, help="steps, each with one rollout; 0: one epoch")
     add("--batch-prompts", type=cli.positive_int, default=128, help="prompts per step")
     add(
         "--mini-batch-prompts",
         type=cli.positive_int,
         default=64,
-        help="prompts per update; divides --batch-prompts",
+        help="prompts per update; must divide --batch-prompts",
     )
     add(
         "--group-size",
@@ -97,7 +106,7 @@ def parse_args(argv: list[str] | None = None):
         "--beta",
         type=cli.non_negative_float,
         default=0.001,
-        help="weight of the KL to the frozen start model; 0: no such model is kept",
+        help="weight of the KL to the frozen start model; with 0 that model is not kept",
     )
     add("--clip-low", type=float, default=0.2, help="ε_low of the clipped ratio")
     add("--clip-high", type=float, default=0.28, help="ε_high of the clipped ratio")
@@ -105,27 +114,27 @@ def parse_args(argv: list[str] | None = None):
         "--loss-norm",
         choices=["sequence", "token", "constant"],
         default="sequence",
-        help="average of the loss. sequence: over each sequence's tokens, then over sequences; "
+        help="how the loss is averaged. sequence: over a sequence's tokens, then over sequences; "
         "token: over all tokens; constant: the sum is divided by sequences × --max-new-tokens",
     )
     add(
         "--is-correction",
         choices=["auto", "mask", "truncate", "none"],
         default="auto",
-        help="what becomes of w = π_old/π_sampler. mask: 0 outside [0.5, 2]; truncate: at most 2; "
+        help="how w = π_old/π_sampler is treated. mask: 0 outside [0.5, 2]; truncate: at most 2; "
         "none: 1; auto: mask with vllm, none with hf",
     )
     add(
         "--zero-advantage",
         choices=["auto", "keep", "drop"],
         default="auto",
-        help="whether rows without advantage go through the update's passes. auto: they do not "
-        "when β = 0, which changes nothing",
+        help="whether rows with an advantage of 0 take part in the update. auto: only if β > 0; at "
+        "β = 0 their gradient is 0, and dropping them saves time",
     )
-    cli.add_flags(parser, *cli.FLAGS)
+    cli.add_flags(parser, *cli.FLAGS)  # those that are not about the method: common/cli.py
     add_algo_arguments(parser.add_argument_group("this algorithm's own flags"))
     args = parser.parse_args(argv)
-    if args.model == "toy":
+    if args.model == "toy":  # parse again, so that flags that were given still win
         parser.set_defaults(**(TOY | ALGO_TOY))
         args = parser.parse_args(argv)
     check_arguments(parser, args)
@@ -133,7 +142,7 @@ def parse_args(argv: list[str] | None = None):
 
 
 def check_arguments(parser, args) -> None:
-    """Checks between flags; a wrong one ends in parser.error. Fills in the default mixture."""
+    """Check that the flags fit together (else parser.error), and fill in the default data."""
     if args.batch_prompts % args.mini_batch_prompts:
         parser.error(
             f"--mini-batch-prompts {args.mini_batch_prompts} does not divide --batch-prompts "
@@ -141,7 +150,7 @@ def check_arguments(parser, args) -> None:
         )
     check_algo_arguments(parser, args)
     if not args.data:
-        args.data = ["cgpo"]  # the paper's mixture, as far as its checkers are at hand
+        args.data = ["cgpo"]  # the paper's mixture; writing needs a judge
         if not args.domains:
             args.domains = ["math", "code", "science"]
             if args.judge_url:
@@ -170,33 +179,51 @@ def main(argv: list[str] | None = None) -> Path:
     return train(setup(parse_args(argv)))
 
 
-def train(run: "Run", look=None) -> Path:
+@dataclass
+class Run:
+    """What the loop works with; setup() makes it."""
+
+    args: object
+    out: Path  # the run's folder
+    policy: "Policy"
+    reference: "Policy | None"  # the frozen start model, if β > 0
+    tokenizer: object
+    optimizer: torch.optim.Optimizer
+    state: dict  # what the algorithm keeps from step to step
+    plan: list[list[dict]]  # for each step, its rows
+    eval_rows: list[dict]
+    steps_done: int  # 0, or what --resume found
+    log: runs.RunLog
+
+
+def train(run: Run, look=None) -> Path:
     """The loop over the run's steps. Returns the run's folder.
 
-    look(policy, mini-batch, key, args), if given, is called before each update; what it returns is
-    logged beside the update's own statistics.
+    look(policy, mini-batch, key, args) is called before each update, if given; the statistics that
+    it returns are logged with the update's own. (for studies/study.py)
     """
     args, policy, tokenizer = run.args, run.policy, run.tokenizer
     steps = len(run.plan)
     mini_batches = args.batch_prompts // args.mini_batch_prompts
-    if not run.start:
+    if not run.steps_done:
         run.log.write({"step": 0} | evaluate(policy, tokenizer, run.eval_rows, args))
     started = time.perf_counter()
-    for step, rows in enumerate(run.plan[run.start :], run.start + 1):
-        key = (args.seed, step)  # of all random numbers of this step
+    for step, rows in enumerate(run.plan[run.steps_done :], run.steps_done + 1):
+        key = (args.seed, step)  # every random number of this step is derived from it
 
         # 1. Sample responses and score them.
         batch, columns, samples, seconds = rollout(
             policy, tokenizer, rows, args.group_size, key, args.temperature, args
         )
-        rewards.stop_if_down(columns)
+        rewards.stop_if_down(columns)  # an error if a reward server answers nothing at all
 
-        # 2. π_old and π_ref of every sampled token, before any update.
+        # 2. The log-probs of every sampled token under π_old and π_ref, before any update. (The
+        #    sampler's own may differ a little: w corrects for that.)
         clock = time.perf_counter()
         per_token = add_log_probs(policy, run.reference, batch, args)
+        batch["importance"] = importance_weights(batch, args)
 
         # 3. How much better each response is than its group.
-        batch["importance"] = importance_weights(batch, args)
         batch["advantage"] = advantages(batch, run.state, args)
         seconds["logprobs"] = time.perf_counter() - clock
 
@@ -204,28 +231,31 @@ def train(run: "Run", look=None) -> Path:
         clock = time.perf_counter()
         stats = []
         for m in range(mini_batches):
-            in_mini_batch = batch["group"] // args.mini_batch_prompts == m
-            mini_batch = take(batch, in_mini_batch & is_trained_on(batch))
+            in_mini_batch_B = batch["group"] // args.mini_batch_prompts == m
+            mini_batch = take(batch, in_mini_batch_B & is_trained_on(batch))
             if not ranks.reduce([len(mini_batch["group"])])[0]:
-                continue  # every verifier call has failed
-            updates = (step - 1) * mini_batches + m + 1
-            lr = args.lr * min(1.0, updates / max(1, args.warmup_steps))
-            extra = look(policy, mini_batch, (*key, m), args) if look else {}
-            stats.append(
-                update(policy, run.optimizer, mini_batch, lr, (*key, m), run.state, args) | extra
+                continue  # no response of this mini-batch has a reward, on any rank
+            update_number = (step - 1) * mini_batches + m + 1
+            lr = args.lr * min(1.0, update_number / max(1, args.warmup_steps))
+            update_key = (*key, m)
+            extra = look(policy, mini_batch, update_key, args) if look else {}
+            update_stats = update(
+                policy, run.optimizer, mini_batch, lr, update_key, run.state, args
             )
+            stats.append(update_stats | extra)
         seconds["update"] = time.perf_counter() - clock
 
         # 5. Log, evaluate, save.
-        seconds = dict(zip(seconds, ranks.reduce(list(seconds.values()), "max")))
+        slowest = ranks.reduce(list(seconds.values()), "max")
+        seconds = dict(zip(seconds, slowest))
         line = {"step": step} | reports.step_metrics(seconds, columns, stats, per_token)
-        if step == steps or args.eval_every and step % args.eval_every == 0:
+        if step == steps or (args.eval_every and step % args.eval_every == 0):
             line |= evaluate(policy, tokenizer, run.eval_rows, args)
         line["verdicts"] = reports.verdict_counts(samples)
-        shown = samples[:: max(1, len(samples) // 20)]
+        shown = samples[:: max(1, len(samples) // 20)]  # about 20 of them
         run.log.write(line, [{"step": step} | sample for sample in shown])
         spent = time.perf_counter() - started
-        print(reports.live_line(line, steps, spent, step - run.start), flush=True)
+        print(reports.live_line(line, steps, spent, step - run.steps_done), flush=True)
         if step == steps or step % args.save_every == 0:
             checkpoints.save_checkpoint(run.out, step, policy, tokenizer, run.optimizer, run.state)
     if ranks.is_first():
@@ -235,16 +265,16 @@ def train(run: "Run", look=None) -> Path:
 
 # ---------------- ALGO: state ----------------
 def init_state(args, policy) -> dict:
-    """What the algorithm keeps from step to step besides the policy: GRPO nothing."""
+    """What the algorithm keeps from step to step besides the policy. GRPO keeps nothing."""
     return {}
 
 
 # ---------------- ALGO: advantages ----------------
 def advantages(batch: Batch, state: dict, args) -> torch.Tensor:
-    """[B, T]: A_i = (r_i − mean r) / (std r + 1e-6) over a prompt's responses, for every token.
+    """[B, T]: the header's A_i, the same for every token of a response.
 
-    An all-equal group gives exactly 0. A response without a reward (NaN: its verifier failed) gets
-    0 and leaves the group's mean and std.
+    An all-equal group gives exactly 0: it has nothing to teach. A response without a reward (NaN:
+    its verifier failed) gets 0, and is left out of its group's mean and std.
     """
     advantage_B = torch.zeros(len(batch["reward"]), dtype=torch.float64)
     for g in batch["group"].unique():
@@ -257,7 +287,10 @@ def advantages(batch: Batch, state: dict, args) -> torch.Tensor:
 
 # ---------------- ALGO: loss ----------------
 def policy_loss(logp_BT, micro: Batch, args):
-    """(loss_BT, {statistic: [B, T]}): the header's clipped surrogate and KL, token by token."""
+    """(loss_BT, {statistic: [B, T]}): the header's clipped surrogate and KL, token by token.
+
+    micro: the rows of a micro-batch. backward() takes the mean, by the weights of token_weights().
+    """
     advantage_BT, importance_BT = micro["advantage"], micro["importance"]
     ratio_BT = torch.exp(logp_BT - micro["old_logp"])
     clipped_BT = ratio_BT.clamp(1 - args.clip_low, 1 + args.clip_high)
@@ -272,20 +305,21 @@ def policy_loss(logp_BT, micro: Batch, args):
 
 
 def is_trained_on(batch: Batch) -> torch.Tensor:
-    """[B]: the rows that an update gets, those whose verifier did not fail."""
+    """[B]: the rows to train on, those whose verifier did not fail."""
     return ~batch["reward"].isnan()
 
 
 def moves_the_policy(batch: Batch) -> torch.Tensor:
-    """[B]: the rows whose gradient is not exactly 0 (where β = 0)."""
+    """[B]: at β = 0, the rows whose gradient is not exactly 0."""
     return (batch["advantage"] * batch["importance"] != 0).any(1)
 
 
 # ---------------- SHARED: backward ----------------
 def token_weights(batch: Batch, args) -> torch.Tensor:
-    """[B, T]: the weights of --loss-norm, so that loss = Σ weight_BT · loss_BT.
+    """[B, T]: the 1/B and 1/|y_i| of the header (or --loss-norm's), so that L = Σ weight · loss.
 
-    The denominators are counted here, over all rows given, on all ranks, before any forward pass.
+    The denominators are counted here, over all rows and ranks, before any forward pass. So the loss
+    does not depend on how the rows are split into micro-batches.
     """
     mask_BT = batch["mask"].double()
     sequences, tokens = ranks.reduce([len(mask_BT), mask_BT.sum()])
@@ -297,23 +331,26 @@ def token_weights(batch: Batch, args) -> torch.Tensor:
 
 
 def backward(policy, batch: Batch, args, forward=None) -> dict[str, float]:
-    """Add ∂loss/∂θ of these rows to .grad, micro-batch by micro-batch.
+    """Add ∂L/∂θ of these rows to .grad, micro-batch by micro-batch.
 
-    Returns means of the statistics over tokens, the loss, and the number of tokens.
-    forward: gives what policy_loss gets as logp_BT; by default the policy itself. (for opd.py)
+    Returns {"loss", each statistic's mean over tokens, "tokens": how many}.
+    forward: a function to call in place of the policy. (for opd.py)
     """
     forward = forward or policy
     batch = batch | {"weight": token_weights(batch, args)}
-    (tokens,) = ranks.reduce([int(batch["mask"].sum())])
+    (tokens,) = ranks.reduce([int(batch["mask"].sum())])  # the sum over ranks
     if args.zero_advantage == "drop":
         batch = take(batch, moves_the_policy(batch))
     sums = Counter(loss=0.0)
-    for index in equal_count(micro_batches(batch["length"], args.micro_batch_tokens)):
-        micro = take(batch, index, policy.device)
-        logp_BT, _, micro["mean_h"] = forward(micro["ids"], micro["mask"])  # mean_h: for mcpo.py
+    # A micro-batch is a list of row numbers, with at most --micro-batch-tokens tokens together.
+    for row_numbers in same_count(micro_batches(batch["length"], args.micro_batch_tokens)):
+        micro = take(batch, row_numbers, policy.device)  # these rows, cut to the longest of them
+        logp_BT, _, mean_h_BH = forward(micro["ids"], micro["mask"])
+        micro["mean_h"] = mean_h_BH  # for mcpo.py
         loss_BT, stats = policy_loss(logp_BT, micro, args)
         loss = (loss_BT * micro["weight"]).sum()
-        (loss * ranks.world_size()).backward()  # FSDP2 takes the mean of the ranks' gradients
+        # FSDP2, which shards the weights over ranks, takes the mean of the ranks' gradients.
+        (loss * ranks.world_size()).backward()
         sums["loss"] += loss.item()
         for name, value_BT in stats.items():
             sums[name] += (value_BT.detach() * micro["mask"]).sum().item() / tokens
@@ -324,7 +361,7 @@ def backward(policy, batch: Batch, args, forward=None) -> dict[str, float]:
 def optimizer_step(policy, optimizer, lr: float, args) -> float:
     """Clip the gradients, step with this learning rate, clear the gradients.
 
-    Returns the norm before clipping. Raises UserError where the norm is not finite.
+    Returns the norm before clipping. Raises UserError if the norm is not finite.
     """
     max_norm = args.max_grad_norm or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
@@ -334,13 +371,13 @@ def optimizer_step(policy, optimizer, lr: float, args) -> float:
             f"the gradient's norm is {norm}: the run diverged; lower --lr (was {lr:g}) and --resume"
         )
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):  # torchao's optimizers
+        if isinstance(group["lr"], torch.Tensor):  # as torchao's 8-bit optimizers keep it
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    policy.updates += 1
+    policy.updates += 1  # an engine that still has older weights is found out by this
     return norm
 
 
@@ -422,31 +459,35 @@ def respond(
     policy,
     prompts_P: list[list[int]],
     keys_P: list[tuple],
-    group: int,
+    group_size: int,
     temperature: float,
     args,
     top_p: float = 1.0,
 ) -> list[tuple]:
-    """`group` responses to each prompt: [(tokens, log-probs, truncated)] of length P·G.
+    """`group_size` responses to each prompt: a list of P·G tuples (tokens, log-probs, truncated).
 
-    The responses of a prompt stand side by side. keys_P: for each prompt (seed, step, row id, index
-    of its first sample), which keys its random numbers.
+    The responses to a prompt are adjacent. keys_P: for each prompt (seed, step or purpose, row id,
+    number of its first sample), from which its random numbers are derived.
     """
     if policy.engine:
         return policy.engine.generate(
-            policy, prompts_P, keys_P, group, temperature, top_p, args.max_new_tokens
+            policy, prompts_P, keys_P, group_size, temperature, top_p, args.max_new_tokens
         )
-    # hf: at most --rollout-tokens are in the KV cache at once
-    tokens_per_prompt = group * (args.max_prompt_tokens + args.max_new_tokens)
+    # hf: in pieces, so that the KV cache holds at most --rollout-tokens tokens at a time
+    tokens_per_prompt = group_size * (args.max_prompt_tokens + args.max_new_tokens)
     prompts_at_once = max(1, args.rollout_tokens // tokens_per_prompt)
     responses_B = []
     for start in range(0, len(prompts_P), prompts_at_once):
         stop = start + prompts_at_once
-        uniform_B = []  # for each response, one number in [0, 1) per token
-        for *key, first_sample in keys_P[start:stop]:
-            for g in range(group):
-                uniform_B.append(rng(*key, first_sample + g, "sample").random(args.max_new_tokens))
-        uniform_BT = torch.tensor(np.stack(uniform_B))
+        # Each response gets its random numbers beforehand, one in [0, 1) per token that it may
+        # have. So it does not depend on what is sampled beside it.
+        uniform_B = []
+        for key in keys_P[start:stop]:
+            first_sample = key[-1]
+            for g in range(group_size):
+                stream = rng(*key[:-1], first_sample + g, "sample")
+                uniform_B.append(stream.random(args.max_new_tokens))
+        uniform_BT = torch.tensor(np.stack(uniform_B))  # T: of the response alone
         responses_B += sampler.generate(
             policy, prompts_P[start:stop], uniform_BT, temperature, top_p
         )
@@ -457,50 +498,51 @@ def rollout(
     policy,
     tokenizer,
     rows_P: list[dict],
-    group: int,
+    group_size: int,
     key: tuple,
     temperature: float,
     args,
     top_p: float = 1.0,
 ):
-    """Sample `group` responses to every row, score them, and pack them into a batch.
+    """Sample `group_size` responses to every row, score them, and pack them into a batch.
 
     key: (seed, step) or (seed, purpose). All randomness is a function of it, the row's id and the
-    sample's index. Returns
+    sample's number. top_p below 1 is for evaluations. Returns
         batch    this rank's responses; data.collate lists the columns
         columns  the batch's columns [B], of all ranks, for metrics
         samples  a dict per response, of all ranks, for samples.jsonl
         seconds  {"sync", "rollout", "reward"}
     """
-    # 1. The sampler gets the policy's current weights.
+    # a. The sampler gets the current weights. (A lone CPU process samples from the policy itself.)
     t0 = time.perf_counter()
     if policy.engine:
         policy.engine.sync_weights(policy)
     elif policy.sharded:
         ranks.sync_sampler(policy)
 
-    # 2. Each rank samples its share of the prompts. A row that is drawn twice in a step goes on
-    #    with its stream of samples instead of repeating the same responses.
+    # b. Each rank samples its share of the prompts. A row that is drawn twice in a step gets new
+    #    responses the second time: it goes on with its random numbers.
     t1 = time.perf_counter()
-    samples_drawn = Counter()
+    samples_drawn = Counter()  # row id → samples
     keys_P = []
     for row in rows_P:
         keys_P.append((*key, row["id"], samples_drawn[row["id"]]))
-        samples_drawn[row["id"]] += group
-    my_prompts = data.deal(rows_P, ranks.rank(), ranks.world_size(), args.mini_batch_prompts)
-    my_ids = [rows_P[p]["ids"] for p in my_prompts]
-    my_keys = [keys_P[p] for p in my_prompts]
-    responses_B = respond(policy, my_ids, my_keys, group, temperature, args, top_p)
+        samples_drawn[row["id"]] += group_size
+    my_numbers = data.deal(rows_P, ranks.rank(), ranks.world_size(), args.mini_batch_prompts)
+    my_prompts = [rows_P[p]["ids"] for p in my_numbers]  # token ids
+    my_keys = [keys_P[p] for p in my_numbers]
+    responses_B = respond(policy, my_prompts, my_keys, group_size, temperature, args, top_p)
     tokens_B, logps_B, truncated_B = zip(*responses_B)
-    rows_B = [rows_P[p] for p in my_prompts for _ in range(group)]
+    rows_B = [rows_P[p] for p in my_numbers for _ in range(group_size)]
 
-    # 3. Text to reward, by the row's domain.
+    # c. Each text is scored as its row's domain says.
     t2 = time.perf_counter()
     texts_B = []
     for row, tokens in zip(rows_B, tokens_B):
+        # "opened": what the chat template has already written of the response, such as <think>
         texts_B.append(row["opened"] + tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def count_tokens(text: str) -> int:
+    def count_tokens(text: str) -> int:  # some rewards depend on an answer's length
         return len(tokenizer(text, add_special_tokens=False).input_ids)
 
     scores_B = rewards.score(
@@ -513,9 +555,9 @@ def rollout(
         count_tokens,
     )
 
-    # 4. The batch for this rank's update; metrics and samples from all ranks.
+    # d. The batch for this rank's updates; its columns [B], and samples to read, of all ranks.
     t3 = time.perf_counter()
-    batch = data.collate(rows_B, my_prompts, group, tokens_B, logps_B, truncated_B, scores_B)
+    batch = data.collate(rows_B, my_numbers, group_size, tokens_B, logps_B, truncated_B, scores_B)
     samples = []
     for row, text, score in zip(rows_B, texts_B, scores_B):
         samples.append(
@@ -529,25 +571,25 @@ def rollout(
             }
         )
     columns = {name: column for name, column in batch.items() if column.ndim == 1}
-    columns, samples = data.join_ranks(ranks.gather((columns, samples)), group)
+    columns, samples = data.join_ranks(ranks.gather((columns, samples)), group_size)
     return batch, columns, samples, {"sync": t1 - t0, "rollout": t2 - t1, "reward": t3 - t2}
 
 
 def evaluate(policy, tokenizer, rows: list[dict], args) -> dict[str, float]:
     """Accuracy on held-out prompts by domain.
 
-    eval/sampled/<domain>: of --eval-samples responses at --temperature; eval/greedy/<domain>: of
-    one at 0. The random numbers do not depend on the step, so before and after differ by the
-    policy alone.
+    eval/sampled/<domain>: mean over --eval-samples responses per prompt, at --temperature
+    eval/greedy/<domain>: one response per prompt, at temperature 0
+    The random numbers do not depend on the step, so before and after differ by the policy alone.
     """
     accuracies = {}
-    for kind, group, temperature in (
+    for kind, group_size, temperature in (
         ("sampled", args.eval_samples, args.temperature),
         ("greedy", 1, 0.0),
     ):
-        if rows and group:
+        if rows and group_size:
             key = (args.seed, "evaluation")
-            _, columns, _, _ = rollout(policy, tokenizer, rows, group, key, temperature, args)
+            _, columns, _, _ = rollout(policy, tokenizer, rows, group_size, key, temperature, args)
             metrics = reports.domain_metrics(columns)
             for domain, accuracy in reports.by_domain(metrics, "accuracy").items():
                 accuracies[f"eval/{kind}/{domain}"] = accuracy
@@ -558,25 +600,26 @@ def evaluate(policy, tokenizer, rows: list[dict], args) -> dict[str, float]:
 class Policy(torch.nn.Module):
     """A causal language model whose forward pass gives the log-probs of responses.
 
-    Vocabulary-sized logits exist only in chunks. model: from transformers. vocab: the tokenizer's
-    number of ids; a model may have more rows than that. stop_ids: the ids that end a response.
+    model: from transformers. vocab: the tokenizer's number of ids; a model's head may have more.
+    stop_ids: the ids that end a response. Logits [N, V] of all tokens would not fit into memory, so
+    they exist only in chunks.
     """
 
-    CHUNK = 2**26  # logits at a time
+    CHUNK = 2**26  # logits at a time, tokens × vocabulary
 
     def __init__(self, model, vocab: int, stop_ids: list[int], bf16=False, temperature=1.0):
         super().__init__()
         self.model, self.vocab, self.stop_ids = model, vocab, stop_ids
         self.bf16 = bf16  # compute in bfloat16
         self.temperature = temperature  # of log-probs and sampler
-        self.engine = None  # vLLM, where it samples
-        self.sampler = []  # the hf sampler's whole copy, where the policy is sharded
+        self.engine = None  # vLLM, if it is the sampler
+        self.sampler = []  # the hf sampler's unsharded copy; in a list, so that it is no submodule
         self.sharded = False
         self.updates = 0  # optimizer steps made
         self.device = model.device  # ranks.place() moves both
 
     def autocast(self):
-        """bf16 compute on fp32 master weights."""
+        """Compute in bfloat16; the weights stay in fp32, or small updates would be lost."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def head(self, hidden_NH, token_N, temperature: float):
@@ -590,7 +633,7 @@ class Policy(torch.nn.Module):
         return logp_NV.gather(-1, token_N[:, None])[:, 0], entropy_N
 
     def own_logp(self, ids_T: list[int]):
-        """Log-probs of ids_T[1:] at temperature 1, on the CPU."""
+        """Log-probs of ids_T[1:] at temperature 1, on the CPU: for checks of model and engine."""
         ids_BT = torch.tensor([ids_T], device=self.device)
         everything_BT = torch.ones_like(ids_BT, dtype=torch.bool)
         return self(ids_BT, everything_BT, 1.0)[0][0, 1:].cpu()
@@ -598,29 +641,29 @@ class Policy(torch.nn.Module):
     def forward(self, ids_BT, mask_BT, temperature: float | None = None, head=None, target=None):
         """(logp_BT, entropy_BT, mean_h_BH).
 
-        logp[b, t] is log π(ids[b, t] | ids[b, <t]) where mask, 0 elsewhere. mean_h is the mean of
-        the last hidden layer over the response. Right padding needs no attention mask, because
-        causal attention never sees it.
+        logp[b, t] is log π(ids[b, t] | ids[b, <t]) if mask[b, t], else 0. mean_h is the mean of the
+        last hidden layer over the response (for mcpo.py). Right padding needs no attention mask,
+        because causal attention never sees it.
 
-        head, target: another function of the hidden states in place of (log-prob, entropy), and
-        what it gets in place of the tokens, [B, T, …]. (for opd.py)
+        head, target: a function to use in place of self.head, and its targets in place of the
+        token ids, [B, T, …]. (for opd.py)
         """
         B = len(ids_BT)
-        if not B:  # a rank without rows joins the others' collectives with a blank one
+        if not B:  # a rank without rows runs a blank one: FSDP2's collectives need every rank
             ids_BT, mask_BT = ids_BT.new_zeros(1, 2), mask_BT.new_zeros(1, 2)
             target = target if target is None else target.new_zeros(1, 2, *target.shape[2:])
         with self.autocast():
             output = self.model.base_model(input_ids=ids_BT, use_cache=False)
         hidden_BTH = output.last_hidden_state
-        # The hidden state at t − 1 predicts the token at t.
+        # The hidden state at t − 1 predicts the token at t: [B, T − 1, H] → [N, H]
         response_BT = mask_BT[:, 1:]
         hidden_NH = hidden_BTH[:, :-1][response_BT]
         target_N = (ids_BT if target is None else target)[:, 1:][response_BT]
 
         head = head or self.head
-        temperature = temperature or self.temperature
+        temperature = self.temperature if temperature is None else temperature
         chunk = max(1, self.CHUNK // self.vocab)  # tokens
-        # A single chunk may keep its logits; several compute theirs again in the backward pass.
+        # With several chunks, logits are computed again in the backward pass, to save memory.
         recompute = torch.is_grad_enabled() and len(hidden_NH) > chunk
         values = []  # for each chunk, the tuple that the head gives
         for hidden, targets in zip(hidden_NH.split(chunk), target_N.split(chunk)):
@@ -629,7 +672,7 @@ class Policy(torch.nn.Module):
             else:
                 values.append(head(hidden, targets, temperature))
 
-        outputs = []
+        outputs = []  # the chunks joined, [N] → [B, T]
         for values_N in map(torch.cat, zip(*values)):
             values_BT = values_N.new_zeros(*ids_BT.shape, *values_N.shape[1:])
             values_BT[:, 1:][response_BT] = values_N
@@ -641,10 +684,10 @@ class Policy(torch.nn.Module):
         return tuple(outputs)
 
 
-def equal_count(pieces: list[torch.Tensor]) -> list[torch.Tensor]:
-    """As many pieces on every rank: a rank that has fewer adds empty ones.
+def same_count(pieces: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The pieces, and as many empty ones as make every rank have the same number.
 
-    Each piece is a round of collectives, which every rank must join.
+    Each piece is a round of collectives, in which all ranks must take part.
     """
     (most,) = ranks.reduce([len(pieces)], "max")
     missing = int(most) - len(pieces)
@@ -654,24 +697,26 @@ def equal_count(pieces: list[torch.Tensor]) -> list[torch.Tensor]:
 @torch.no_grad()
 def log_probs(policy, batch: Batch, args):
     """(logp_BT, entropy_BT, mean_h_B1H) of a whole batch, on the CPU."""
-    logp_BT, entropy_BT = torch.zeros(2, *batch["ids"].shape)
+    logp_BT = torch.zeros(batch["ids"].shape)
+    entropy_BT = torch.zeros(batch["ids"].shape)
     mean_h_BH = torch.zeros(len(batch["ids"]), policy.model.config.hidden_size)
     inputs = {name: batch[name] for name in ("ids", "mask", "length")}
-    for index in equal_count(micro_batches(batch["length"], args.micro_batch_tokens)):
-        micro = take(inputs, index, policy.device)
+    for row_numbers in same_count(micro_batches(batch["length"], args.micro_batch_tokens)):
+        micro = take(inputs, row_numbers, policy.device)
         outputs = policy(micro["ids"], micro["mask"])
-        micro_logp_BT, micro_entropy_BT, micro_h_BH = (x.to(mean_h_BH) for x in outputs)
+        micro_logp_BT, micro_entropy_BT, micro_h_BH = (x.float().cpu() for x in outputs)
         T = micro_logp_BT.shape[1]
-        logp_BT[index, :T] = micro_logp_BT
-        entropy_BT[index, :T] = micro_entropy_BT
-        mean_h_BH[index] = micro_h_BH
+        logp_BT[row_numbers, :T] = micro_logp_BT
+        entropy_BT[row_numbers, :T] = micro_entropy_BT
+        mean_h_BH[row_numbers] = micro_h_BH
+    # take() cuts columns of two dimensions to the longest row, hence a third one here
     return logp_BT, entropy_BT, mean_h_BH[:, None]
 
 
 def add_log_probs(policy, reference, batch: Batch, args) -> list[dict]:
-    """Add the columns old_logp, old_h and (with a reference) ref_logp to the batch.
+    """Add the columns old_logp, old_h (for mcpo.py) and, with a reference, ref_logp to the batch.
 
-    Returns, for each rank, what reports.step_metrics wants of every sampled token.
+    Returns one dict per rank, of values per sampled token, which reports.step_metrics averages.
     """
     batch["old_logp"], entropy_BT, batch["old_h"] = log_probs(policy, batch, args)
     per_token = {
@@ -689,7 +734,7 @@ def importance_weights(batch: Batch, args) -> torch.Tensor:
     """[B, T]: the header's w, the weight of each token's policy gradient, from π_old/π_sampler.
 
     mask: 0 outside [0.5, 2] (M2RL's masked importance sampling). truncate: at most 2 (its scripts).
-    none: 1, because the hf engine samples from π_old itself.
+    none: 1, right for the hf engine, which samples from π_old itself.
     """
     w_BT = torch.exp((batch["old_logp"] - batch["sampler_logp"]) * batch["mask"])
     if args.is_correction == "mask":
@@ -701,18 +746,19 @@ def importance_weights(batch: Batch, args) -> torch.Tensor:
 
 # ---------------- SHARED: engine ----------------
 class Engine:
-    """vLLM in this process; no line outside this class knows vLLM.
+    """vLLM in this process: its start, the transfer of weights, and generation.
 
-    It starts with random weights: all it has comes through sync_weights. Its vocabulary is cut to
-    the tokenizer's, so no other id can be sampled. canary: the text whose log-probs prove a
-    transfer. Raises UserError where vLLM does not start.
+    It starts with random weights and receives all weights through sync_weights. Its vocabulary is
+    cut to the tokenizer's, so no other id can be sampled. canary: token ids whose log-probs show
+    whether the weights arrived (common/engines.py). Raises UserError if vLLM does not start.
     """
 
     def __init__(self, name: str, policy, canary: list[int], args):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine runs in this process
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # and shares its CPU cores
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         self.canary = canary
+        self.synced = None  # after which of the trainer's updates its weights are
         self.cuda = policy.device.type == "cuda"
         self.dtype = torch.bfloat16 if policy.bf16 else torch.float32
         if self.cuda:
@@ -741,14 +787,14 @@ class Engine:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"vllm did not start: {reason}; docs/scale.md says how to install it, and "
-                f"--engine-memory {args.engine_memory} sets what its cache takes"
+                f"--engine-memory {args.engine_memory} sets the size of its cache"
             ) from error
 
     @torch.no_grad()
     def sync_weights(self, policy, spoiled: bool = False) -> None:
         """Stream the trainer's parameters in, one at a time, and prove that they arrived.
 
-        spoiled: spoil them on the way, to see the proof fail. Raises UserError.
+        spoiled: corrupt the first tensor on its way, to see the proof fail. Raises UserError.
         """
         sent = {}  # name → fingerprint as it was sent
         weights = ranks.weights(policy, self.dtype)
@@ -766,7 +812,7 @@ class Engine:
             (held,) = self.llm.apply_model(read_back)
         except Exception as error:
             for _ in tensors:
-                pass  # the other ranks gather the rest with this one
+                pass  # finish the gathers, because the other ranks take part in them
             reason = str(error)[:200]
             raise UserError(f"vllm does not take this model's weights: {reason}") from error
         self.llm.wake_up(tags=["kv_cache"])
@@ -788,29 +834,29 @@ class Engine:
         policy,
         prompts_P: list[list[int]],
         keys_P: list[tuple],
-        group: int,
+        group_size: int,
         temperature: float,
         top_p: float,
         max_tokens: int,
     ) -> list[tuple]:
-        """As respond(). Raises UserError where the weights are not the trainer's current ones."""
+        """Same as respond(). Raises UserError if the weights are not the trainer's current ones."""
         if self.synced != policy.updates:
             raise UserError(
                 f"vllm holds the weights after update {self.synced}, the trainer made "
-                f"{policy.updates}"
+                f"{policy.updates} updates"
             )
         prompts, params = [], []
         for ids, key in zip(prompts_P, keys_P):
             prompts.append({"prompt_token_ids": ids})
             params.append(
                 self.sampling_params(
-                    n=group,
+                    n=group_size,
                     temperature=temperature,
                     top_p=top_p,
                     max_tokens=max_tokens,
                     stop_token_ids=policy.stop_ids,
-                    ignore_eos=True,
-                    # Sample j of a prompt uses seed + j, so seeds are hashed far apart.
+                    ignore_eos=True,  # stop_token_ids holds every end token
+                    # Sample j of a prompt uses seed + j, so hashes keep the seeds far apart.
                     seed=int(rng(*key, "vllm").integers(2**62)),
                     logprobs=0,
                     detokenize=False,
@@ -818,7 +864,7 @@ class Engine:
             )
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         if self.cuda:
-            self.llm.sleep(level=2)  # the trainer gets the memory of its weights and cache
+            self.llm.sleep(level=2)  # frees the memory of its weights and cache for the trainer
         responses_B = []
         for output in outputs:
             for response in output.outputs:
@@ -829,23 +875,6 @@ class Engine:
 
 
 # ---------------- SHARED: setup ----------------
-@dataclass
-class Run:
-    """What the loop works with."""
-
-    args: object
-    out: Path  # the run's folder
-    policy: Policy
-    reference: Policy | None  # the frozen start model, where β > 0
-    tokenizer: object
-    optimizer: torch.optim.Optimizer
-    state: dict  # what the algorithm keeps from step to step
-    plan: list[list[dict]]  # for each step, its rows
-    eval_rows: list[dict]
-    start: int  # the last finished step: 0, or what --resume found
-    log: runs.RunLog | None = None
-
-
 def setup(args, rows: tuple[list[dict], list[dict]] | None = None) -> Run:
     """Everything before the first step. Raises UserError.
 
@@ -855,7 +884,7 @@ def setup(args, rows: tuple[list[dict], list[dict]] | None = None) -> Run:
         torch.set_num_threads(args.threads)
     name = resolve_model(args.model)
     ranks.start()
-    runs.open_run(args, ALGORITHM, write=False)  # say that a folder is taken before anything loads
+    runs.open_run(args, ALGORITHM, write=False)  # fail early if the folder is taken
 
     # The model and its rows.
     tokenizer, policy = load_policy(name, args.dtype)
@@ -870,7 +899,7 @@ def setup(args, rows: tuple[list[dict], list[dict]] | None = None) -> Run:
     if args.mini_batch_prompts < ranks.world_size():
         raise UserError(
             f"--mini-batch-prompts {args.mini_batch_prompts}: fewer than the "
-            f"{ranks.world_size()} ranks"
+            f"{ranks.world_size()} ranks (processes)"
         )
 
     # The policy and its frozen copy on their devices; the sampler; the optimizer.
@@ -884,16 +913,29 @@ def setup(args, rows: tuple[list[dict], list[dict]] | None = None) -> Run:
     state = init_state(args, policy)
 
     # The run's folder, and where to begin.
-    out = ranks.gather(runs.open_run(args, ALGORITHM) if ranks.is_first() else None)[0]
+    out = runs.open_run(args, ALGORITHM) if ranks.is_first() else None
+    out = ranks.gather(out)[0]  # rank 0 makes it and tells the others
     if args.is_correction == "auto":
         args.is_correction = "mask" if policy.engine else "none"
     if args.zero_advantage == "auto":
         args.zero_advantage = "keep" if args.beta else "drop"
-    start = 0
+    steps_done = 0
     if args.resume and (out / "checkpoint").exists():
-        start = checkpoints.load_checkpoint(out / "checkpoint", policy, optimizer, state)
-    run = Run(args, out, policy, reference, tokenizer, optimizer, state, plan, eval_rows, start)
-    run.log = runs.RunLog(out, start, args)
+        folder = out / "checkpoint"
+        steps_done = checkpoints.load_checkpoint(folder, policy, optimizer, state)
+    run = Run(
+        args=args,
+        out=out,
+        policy=policy,
+        reference=reference,
+        tokenizer=tokenizer,
+        optimizer=optimizer,
+        state=state,
+        plan=plan,
+        eval_rows=eval_rows,
+        steps_done=steps_done,
+        log=runs.RunLog(out, steps_done, args),
+    )
     print(reports.opening(ALGORITHM, run, engine_text, mix, len(train_rows)))
     return run
 
@@ -901,11 +943,12 @@ def setup(args, rows: tuple[list[dict], list[dict]] | None = None) -> Run:
 def load_policy(name: str, dtype: str):
     """(tokenizer, Policy) with fp32 master weights, on the CPU (ranks.place() moves it).
 
-    Raises UserError for a model whose logits are not its output head times its hidden states.
+    Raises UserError for a model whose logits are not its output head applied to its hidden states.
     """
     tokenizer, model, stop_ids = models.load_model(name)
-    policy = Policy(model.eval(), len(tokenizer), stop_ids)  # eval: no dropout
-    ids_BT = torch.arange(8)[None]
+    model.eval()  # for good: dropout would make ρ differ from 1 without any update
+    policy = Policy(model, len(tokenizer), stop_ids)
+    ids_BT = torch.arange(8)[None]  # any ids will do
     with torch.no_grad():
         our_logp_T = policy.own_logp(ids_BT[0].tolist())
         logp_TV = model(ids_BT).logits[0, :-1, : policy.vocab].log_softmax(-1)
@@ -915,7 +958,7 @@ def load_policy(name: str, dtype: str):
             f"--model {name}: its logits are not its output head times its last hidden state "
             "(soft-capped or scaled, as in Gemma 2 and Granite); its log-probs would be wrong here"
         )
-    policy.bf16 = dtype == "bfloat16" or dtype == "auto" and torch.cuda.is_available()
+    policy.bf16 = dtype == "bfloat16" or (dtype == "auto" and torch.cuda.is_available())
     return tokenizer, policy
 
 

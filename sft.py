@@ -59,7 +59,7 @@ def train(
 ) -> torch.optim.Optimizer:
     """AdamW, linear warm-up, linear decay to 0, gradients clipped to 1. Prints its progress.
 
-    Raises UserError where the gradient's norm is not finite.
+    Raises UserError if the gradient's norm is not finite.
     """
     optimizer = torch.optim.AdamW(policy.parameters(), lr, betas, weight_decay=weight_decay)
     batches = data.batches(rows, batch_rows, data.domain_mix(rows, ""), seed)

@@ -67,7 +67,7 @@ def evaluate_node(node: ast.expr, variable: str, value: int) -> int:
 def run_program(code: str, tests: dict, url: str) -> tuple[bool | None, str]:
     """(does the code pass all tests, why), by checkers.sandbox or, with a url, SandboxFusion.
 
-    None instead of True or False: the server failed, nobody knows. Raises UserError where this
+    None instead of True or False: the server failed, nobody knows. Raises UserError if this
     machine cannot seal code.
     """
     if url:

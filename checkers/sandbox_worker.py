@@ -183,7 +183,7 @@ def seccomp_program(machine: str) -> list[tuple[int, int, int, int]]:
 
 
 def prctl(option: int, value: int, pointer=None) -> None:
-    """One prctl call. Raises OSError where the kernel refuses it."""
+    """One prctl call. Raises OSError if the kernel refuses it."""
     zero = ctypes.c_ulong(0)
     if LIBC.prctl(option, ctypes.c_ulong(value), pointer, zero, zero):
         raise OSError(ctypes.get_errno(), f"the kernel refused prctl {option}")
@@ -192,7 +192,7 @@ def prctl(option: int, value: int, pointer=None) -> None:
 def seal(seconds: float, memory: int) -> None:
     """Give up everything but computing, in this process and for good; memory in bytes.
 
-    Raises OSError where the kernel does not seal: then nothing of the job runs.
+    Raises OSError if the kernel does not seal: then nothing of the job runs.
     """
     limits = {
         resource.RLIMIT_AS: memory,

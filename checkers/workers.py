@@ -106,7 +106,7 @@ def ask_worker(job: dict) -> str:
 def ask_workers(jobs: list[dict]) -> list[str]:
     """Each job's verdict, in order: "right", "wrong", "timeout", "crashed" or "error: <exception>".
 
-    At most WORKERS jobs run at a time. Raises UserError where a checker cannot start.
+    At most WORKERS jobs run at a time. Raises UserError if a checker cannot start.
     """
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         return list(pool.map(ask_worker, jobs))

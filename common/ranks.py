@@ -163,7 +163,7 @@ def sync_sampler(policy) -> None:
 
 
 def make_optimizer(policy, args) -> torch.optim.Optimizer:
-    """AdamW over the policy's (sharded) fp32 masters. Raises UserError where torchao is missing."""
+    """AdamW over the policy's (sharded) fp32 masters. Raises UserError if torchao is missing."""
     if args.optim == "adamw8bit":
         try:
             from torchao.optim import AdamW8bit as AdamW

@@ -144,8 +144,8 @@ def opening(algorithm: str, run, engine: str, mix: dict[str, float], prompts: in
         f"{len(run.eval_rows)} held-out prompts",
         f"mix {shares}",
     ]
-    if run.start:
-        lines[-1] += f"; resumed after step {run.start}"
+    if run.steps_done:
+        lines[-1] += f"; resumed after step {run.steps_done}"
     return "\n".join(lines)
 
 

@@ -135,7 +135,7 @@ class RunLog:
 
 
 def open_wandb(args, out: Path):
-    """A Weights & Biases run. Raises UserError where the package is missing."""
+    """A Weights & Biases run. Raises UserError if the package is missing."""
     try:
         import wandb
     except ImportError:

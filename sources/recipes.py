@@ -411,7 +411,7 @@ def build(
 ) -> list[dict]:
     """The recipe's rows. Prints how many there are per domain, and what was left out and why.
 
-    Raises UserError where `exact` and the paper has another number of rows.
+    Raises UserError if `exact` and the paper has another number of rows.
     """
     published = {}
     for domain, number in PUBLISHED[recipe].items():
@@ -438,7 +438,7 @@ def build(
 def published_rows(recipe: str, domain: str, seed: int) -> list[dict]:
     """A recipe's rows of one domain: from runs/, or the first time from the hub.
 
-    [] where the recipe has no such domain. Raises UserError where no row could be converted.
+    [] where the recipe has no such domain. Raises UserError if no row could be converted.
     """
     if domain not in PUBLISHED[recipe]:
         return []

@@ -47,7 +47,7 @@ def measure_trl(args, tuned: bool) -> dict:
     """{"peer", "trl step s", "our step s", "ours/trl"}: medians, without the first steps.
 
     TRL runs as it comes; tuned: without dropout and gradient checkpointing, with a fused GELU.
-    Raises UserError where it is not installed.
+    Raises UserError if it is not installed.
     """
     try:
         import datasets

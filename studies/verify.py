@@ -252,7 +252,8 @@ def draw(results: dict, correlation: dict, k: int):
         points = mean_scores(results, mode)
         axis.scatter(*points.T)
         for point, name in zip(points, results):
-            axis.annotate(name, point, fontsize=pictures.FONT)
+            offset = {"xytext": (5, 4), "textcoords": "offset points"}
+            axis.annotate(name, point, fontsize=pictures.FONT, **offset)
         axis.set_title(f"{mode} verification" + ("" if r is None else f", r = {r:.2f}"))
         axis.set(xlabel="mean accuracy", ylabel=f"judging: Avg@{k}")
     return figure

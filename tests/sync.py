@@ -35,7 +35,7 @@ def algorithm_files() -> list[str]:
 def blocks(text: str) -> dict[str, str]:
     """{banner: the text below it, up to the next banner}; what stands first is "header".
 
-    Raises ValueError where a banner comes twice.
+    Raises ValueError if a banner comes twice.
     """
     parts = BANNER.split(text)
     names = ["header", *parts[1::2]]

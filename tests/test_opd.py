@@ -181,6 +181,20 @@ def test_the_sampled_advantage_is_the_log_ratio_by_each_rows_own_teacher():
         assert not advantage_BT[b, end:].any()
 
 
+def test_the_sampled_loss_by_hand():
+    """Ratios 2, 2, 0.5 of π_θ to π_old, clipped to [0.8, 1.2]; the importance weights are w."""
+    logp_BT = torch.tensor([[2.0, 2.0, 0.5]]).log()
+    micro = {
+        "old_logp": torch.zeros(1, 3),
+        "advantage": torch.tensor([[0.5, -0.5, 3.0]]),
+        "importance": torch.tensor([[1.0, 1.5, 0.0]]),
+    }
+    loss_BT, stats = opd.policy_loss(logp_BT, micro, flags())
+    assert torch.allclose(loss_BT, torch.tensor([[-1.2 * 0.5, 1.5 * 2 * 0.5, 0.0]]))
+    assert stats["clip_fraction"].tolist() == [[True, False, False]]
+    assert torch.allclose(stats["reverse_kl"], torch.tensor([[-0.5, 1.5 * 0.5, 0.0]]))
+
+
 def test_the_sampled_gradient_is_the_full_ones_in_expectation():
     """One-token responses, every token once, weighted by its probability.
 
@@ -216,10 +230,12 @@ def test_the_sampled_gradient_is_the_full_ones_in_expectation():
 @pytest.fixture(scope="module")
 def experts(toy, tmp_path_factory) -> list[str]:
     """Two runs of grpo.py: a math expert, and one of code and instructions."""
+    small = ["--steps", "10", "--batch-prompts", "10", "--mini-batch-prompts", "10"]
+    small += ["--eval-prompts", "0"]
     folders = []
     for name, domains in (("math", ["math"]), ("rest", ["code", "if"])):
         out = str(tmp_path_factory.mktemp("expert") / name)
-        grpo.main(["--domains", *domains, "--steps", "15", "--eval-prompts", "0", "--out", out])
+        grpo.main([*small, "--domains", *domains, "--out", out])
         folders.append(out)
     return folders
 
@@ -236,8 +252,8 @@ def without_evaluations(lines: list[dict]) -> list[dict]:
 def test_a_student_comes_nearer_to_its_teachers_and_resumes_exactly(kl, experts, tmp_path):
     common = [*teachers_of(experts), "--kl", kl, "--batch-prompts", "9", "--group-size", "4"]
     common += ["--mini-batch-prompts", "9", "--save-every", "5", "--lr", "1e-3"]
-    common += ["--eval-samples", "4"]
-    whole = opd.main([*common, "--steps", "16", "--out", str(tmp_path / "whole")])
+    common += ["--eval-prompts", "16", "--eval-samples", "4"]
+    whole = opd.main([*common, "--steps", "12", "--out", str(tmp_path / "whole")])
     lines = metrics(whole)
     if kl == "full":  # sampled: a noisy estimate
         first = sum(line["reverse_kl"] for line in lines[1:4])
@@ -249,7 +265,7 @@ def test_a_student_comes_nearer_to_its_teachers_and_resumes_exactly(kl, experts,
     assert rewards_logged == {"reward/math", "reward/code", "reward/if"}
 
     opd.main([*common, "--steps", "5", "--out", str(tmp_path / "half")])
-    half = opd.main([*common, "--steps", "16", "--out", str(tmp_path / "half"), "--resume"])
+    half = opd.main([*common, "--steps", "12", "--out", str(tmp_path / "half"), "--resume"])
     # The first half evaluated at its own end too.
     assert without_evaluations(metrics(half)) == without_evaluations(lines)
     assert metrics(half)[-1] == lines[-1]
@@ -349,7 +365,7 @@ def test_teachers_cannot_be_offloaded_from_a_cpu(experts, tmp_path):
 @pytest.mark.parametrize("kl", ["sampled", "full"])
 def test_two_ranks_give_one_ranks_numbers(kl, experts, tmp_path):
     common = [*teachers_of(experts), "--kl", kl, "--batch-prompts", 6, "--mini-batch-prompts", 3]
-    common += ["--steps", 3, "--eval-samples", 1, "--loss-norm", "token"]
+    common += ["--steps", 3, "--eval-prompts", 4, "--eval-samples", 1, "--loss-norm", "token"]
     done = run("opd.py", *common, "--out", tmp_path / "one")
     assert done.returncode == 0, done.stderr
     done = torchrun(2, "opd.py", *common, "--out", tmp_path / "two")
