@@ -3,10 +3,12 @@
 The mini-batch D is split by domain into D_1 … D_K, σ is a random order of the domains, η the
 learning rate, and g the gradient of GRPO's loss (Algorithm 1, lines 10–15):
 
-    L       = −1/B Σ_i 1/|y_i| Σ_t [ w_it min(ρ_it A_i, clip(ρ_it) A_i) − β KL_it ]       as grpo.py
+    L       = −1/B Σ_i 1/|y_i| Σ_t [ w_it min(ρ_it A_i, clip(ρ_it) A_i) − β KL_it ]
     φ_0     = θ
     φ_k     = φ_{k−1} − η |D_σ(k)|/|D| · g(φ_{k−1}; D_σ(k))      k = 1 … K              (line 14)
     θ_new   = φ_0 + α (φ_K − φ_0)                                α = 1.2                (line 15)
+
+A, ρ, KL and w are those of grpo.py.
 
 So a domain's gradient feels the curvature of the domains before it. In expectation over σ the
 step also climbs the inner products g_i·g_j (Eq. 5), at first-order cost and with one more copy of
@@ -59,7 +61,8 @@ ALGORITHM = Path(__file__).stem
 #   ids, mask                [B, T]  token ids; True on the response, its end token included
 #   length                   [B]     tokens of prompt and response
 #   group                    [B]     the number of the row's prompt in this step, 0 … P − 1
-#   domain, reward           [B]     its place in DOMAINS; NaN if the verifier failed
+#   domain                   [B]     the domain's place in DOMAINS
+#   reward, correct          [B]     reward: NaN if the verifier failed
 #   sampler_logp             [B, T]  log π_sampler of each token, 0 outside the mask
 #   old_logp, ref_logp       [B, T]  log π_old and log π_ref, likewise
 #   advantage, importance    [B, T]  A and w of the header
@@ -462,7 +465,8 @@ def domain_cosines(policy, batch: Batch, args) -> dict[str, float]:
     gradients = {}
     for row_B, _ in sub_batches(batch, (), "fixed"):
         backward(policy, take(batch, row_B), args)
-        k = int(batch["domain"][row_B].max()) if row_B.any() else -1  # -1: no row on this rank
+        # the domain's number, from a rank that has a row of it
+        k = int(batch["domain"][row_B].max()) if row_B.any() else -1
         name = DOMAINS[max(ranks.gather(k))]
         gradients[name] = [p.grad for p in policy.parameters() if p.grad is not None]
         policy.zero_grad(set_to_none=True)
@@ -731,7 +735,7 @@ def log_probs(policy, batch: Batch, args):
     for row_numbers in same_count(micro_batches(batch["length"], args.micro_batch_tokens)):
         micro = take(inputs, row_numbers, policy.device)
         outputs = policy(micro["ids"], micro["mask"])
-        micro_logp_BT, micro_entropy_BT, micro_h_BH = (x.float().cpu() for x in outputs)
+        micro_logp_BT, micro_entropy_BT, micro_h_BH = (x.to("cpu", logp_BT.dtype) for x in outputs)
         T = micro_logp_BT.shape[1]
         logp_BT[row_numbers, :T] = micro_logp_BT
         entropy_BT[row_numbers, :T] = micro_entropy_BT
@@ -977,10 +981,10 @@ def load_policy(name: str, dtype: str):
     policy = Policy(model, len(tokenizer), stop_ids)
     ids_BT = torch.arange(8)[None]  # any ids will do
     with torch.no_grad():
-        our_logp_T = policy.own_logp(ids_BT[0].tolist())
+        policy_logp_T = policy.own_logp(ids_BT[0].tolist())
         logp_TV = model(ids_BT).logits[0, :-1, : policy.vocab].log_softmax(-1)
-    its_logp_T = logp_TV.gather(-1, ids_BT[0, 1:, None])[:, 0]
-    if not torch.allclose(its_logp_T, our_logp_T, atol=1e-3):
+    model_logp_T = logp_TV.gather(-1, ids_BT[0, 1:, None])[:, 0]
+    if not torch.allclose(model_logp_T, policy_logp_T, atol=1e-3):
         raise UserError(
             f"--model {name}: its logits are not its output head times its last hidden state "
             "(soft-capped or scaled, as in Gemma 2 and Granite); its log-probs would be wrong here"

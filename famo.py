@@ -3,13 +3,15 @@
 GRPO whose domains are weighted so that all improve at one rate. The weights are learned from the
 losses alone, with O(1) memory and one backward pass:
 
-    L       = Σ_k q_k L_GRPO,k
+    L        = Σ_k q_k L_GRPO,k
     L_GRPO,k = −1/B_k Σ_i 1/|y_i| Σ_t [ w_it min(ρ_it A_i, clip(ρ_it) A_i) − β KL_it ]
                                              GRPO's loss (grpo.py) on the B_k rows of domain k alone
-    q_k     = (z_k/ℓ_k) / Σ_j z_j/ℓ_j        ∇ Σ_k z_k log ℓ_k / c = Σ_k q_k ∇ℓ_k, c = Σ z_k/ℓ_k
-    z       = softmax(v)                     one logit v_k per domain; c is detached
-    v step  : Adam along J_softmax(z)ᵀ (log ℓ_prev − log ℓ_now)
+    q_k      = (z_k/ℓ_k) / Σ_j z_j/ℓ_j        ∇ Σ_k z_k log ℓ_k / c = Σ_k q_k ∇ℓ_k, c = Σ z_k/ℓ_k
+    z        = softmax(v)                    one logit v_k per domain; c is detached
+    v step   : Adam along J_softmax(z)ᵀ (log ℓ_prev − log ℓ_now)
                                              a domain that improves fast loses weight
+
+A, ρ, KL and w are those of grpo.py.
 
 ℓ must be positive, and GRPO's loss is not. Our reading, choice by choice:
 
@@ -62,7 +64,8 @@ ALGORITHM = Path(__file__).stem
 #   ids, mask                [B, T]  token ids; True on the response, its end token included
 #   length                   [B]     tokens of prompt and response
 #   group                    [B]     the number of the row's prompt in this step, 0 … P − 1
-#   domain, reward           [B]     its place in DOMAINS; NaN if the verifier failed
+#   domain                   [B]     the domain's place in DOMAINS
+#   reward, correct          [B]     reward: NaN if the verifier failed
 #   sampler_logp             [B, T]  log π_sampler of each token, 0 outside the mask
 #   old_logp, ref_logp       [B, T]  log π_old and log π_ref, likewise
 #   advantage, importance    [B, T]  A and w of the header
@@ -440,18 +443,21 @@ def update(policy, optimizer, batch: Batch, lr: float, key: tuple, state: dict, 
     return stats
 
 
-def domain_weights(loss: dict[str, float], v_steps: bool, state: dict, args) -> dict[str, float]:
-    """{domain: q_k} of the header. v_steps: in a rollout's first mini-batch the logits step before.
+def domain_weights(
+    loss: dict[str, float], first_of_rollout: bool, state: dict, args
+) -> dict[str, float]:
+    """{domain: q_k} of the header. first_of_rollout: is it its rollout's first mini-batch? Then the
+    logits step before.
 
     loss: this mini-batch's ℓ by domain.
     """
-    keep = args.famo_smooth
+    keep = args.famo_smooth  # share of the old ℓ
     smooth = {}
     for domain, value in loss.items():
         smooth[domain] = keep * state["loss"].get(domain, value) + (1 - keep) * value
     state["loss"] |= smooth
     logits = [state["logits"][domain] for domain in smooth]
-    if v_steps:
+    if first_of_rollout:
         falls = []
         for domain, value in smooth.items():
             falls.append(np.log(state["compared"].get(domain, value) / value))
@@ -717,7 +723,7 @@ def log_probs(policy, batch: Batch, args):
     for row_numbers in same_count(micro_batches(batch["length"], args.micro_batch_tokens)):
         micro = take(inputs, row_numbers, policy.device)
         outputs = policy(micro["ids"], micro["mask"])
-        micro_logp_BT, micro_entropy_BT, micro_h_BH = (x.float().cpu() for x in outputs)
+        micro_logp_BT, micro_entropy_BT, micro_h_BH = (x.to("cpu", logp_BT.dtype) for x in outputs)
         T = micro_logp_BT.shape[1]
         logp_BT[row_numbers, :T] = micro_logp_BT
         entropy_BT[row_numbers, :T] = micro_entropy_BT
@@ -963,10 +969,10 @@ def load_policy(name: str, dtype: str):
     policy = Policy(model, len(tokenizer), stop_ids)
     ids_BT = torch.arange(8)[None]  # any ids will do
     with torch.no_grad():
-        our_logp_T = policy.own_logp(ids_BT[0].tolist())
+        policy_logp_T = policy.own_logp(ids_BT[0].tolist())
         logp_TV = model(ids_BT).logits[0, :-1, : policy.vocab].log_softmax(-1)
-    its_logp_T = logp_TV.gather(-1, ids_BT[0, 1:, None])[:, 0]
-    if not torch.allclose(its_logp_T, our_logp_T, atol=1e-3):
+    model_logp_T = logp_TV.gather(-1, ids_BT[0, 1:, None])[:, 0]
+    if not torch.allclose(model_logp_T, policy_logp_T, atol=1e-3):
         raise UserError(
             f"--model {name}: its logits are not its output head times its last hidden state "
             "(soft-capped or scaled, as in Gemma 2 and Granite); its log-probs would be wrong here"

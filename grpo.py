@@ -8,7 +8,7 @@ sections 2 and 4.1)
     A_i   = (r_i − mean r) / (std r + 1e-6)           mean and (n − 1) std over the prompt's group
     ρ_it  = π_θ(y_it | x, y_i<t) / π_old(y_it | …)    clip(ρ): to [1 − ε_low, 1 + ε_high]
     KL_it = π_ref/π_θ − log(π_ref/π_θ) − 1            π_ref: the frozen start model
-    w_it  = π_old/π_sampler, 0 outside [0.5, 2]       importance weight
+    w_it  = π_old/π_sampler, 0 outside [0.5, 2]       importance weight (--is-correction)
 
 over the B responses i of a mini-batch and their tokens t. The ratio ρ is per token, as in the CGPO
 authors' code (their Eq. 1 writes a sequence ratio). It is 1 until a step's first update, so the
@@ -59,7 +59,8 @@ ALGORITHM = Path(__file__).stem
 #   ids, mask                [B, T]  token ids; True on the response, its end token included
 #   length                   [B]     tokens of prompt and response
 #   group                    [B]     the number of the row's prompt in this step, 0 … P − 1
-#   domain, reward           [B]     its place in DOMAINS; NaN if the verifier failed
+#   domain                   [B]     the domain's place in DOMAINS
+#   reward, correct          [B]     reward: NaN if the verifier failed
 #   sampler_logp             [B, T]  log π_sampler of each token, 0 outside the mask
 #   old_logp, ref_logp       [B, T]  log π_old and log π_ref, likewise
 #   advantage, importance    [B, T]  A and w of the header
@@ -639,7 +640,7 @@ def log_probs(policy, batch: Batch, args):
     for row_numbers in same_count(micro_batches(batch["length"], args.micro_batch_tokens)):
         micro = take(inputs, row_numbers, policy.device)
         outputs = policy(micro["ids"], micro["mask"])
-        micro_logp_BT, micro_entropy_BT, micro_h_BH = (x.float().cpu() for x in outputs)
+        micro_logp_BT, micro_entropy_BT, micro_h_BH = (x.to("cpu", logp_BT.dtype) for x in outputs)
         T = micro_logp_BT.shape[1]
         logp_BT[row_numbers, :T] = micro_logp_BT
         entropy_BT[row_numbers, :T] = micro_entropy_BT
@@ -885,10 +886,10 @@ def load_policy(name: str, dtype: str):
     policy = Policy(model, len(tokenizer), stop_ids)
     ids_BT = torch.arange(8)[None]  # any ids will do
     with torch.no_grad():
-        our_logp_T = policy.own_logp(ids_BT[0].tolist())
+        policy_logp_T = policy.own_logp(ids_BT[0].tolist())
         logp_TV = model(ids_BT).logits[0, :-1, : policy.vocab].log_softmax(-1)
-    its_logp_T = logp_TV.gather(-1, ids_BT[0, 1:, None])[:, 0]
-    if not torch.allclose(its_logp_T, our_logp_T, atol=1e-3):
+    model_logp_T = logp_TV.gather(-1, ids_BT[0, 1:, None])[:, 0]
+    if not torch.allclose(model_logp_T, policy_logp_T, atol=1e-3):
         raise UserError(
             f"--model {name}: its logits are not its output head times its last hidden state "
             "(soft-capped or scaled, as in Gemma 2 and Granite); its log-probs would be wrong here"

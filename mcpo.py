@@ -4,10 +4,10 @@ GRPO and two contrastive terms, which pull correct rollouts together, across dom
 each, and push incorrect ones away:
 
     L       = L_GRPO + λ_cross L_cross + λ_in L_in
-    L_GRPO  = −1/B Σ_i 1/|y_i| Σ_t [ w_it min(ρ_it A_i, clip(ρ_it) A_i) − β KL_it ]       as grpo.py
+    L_GRPO  = −1/B Σ_i 1/|y_i| Σ_t [ w_it min(ρ_it A_i, clip(ρ_it) A_i) − β KL_it ]
     L_cross = mean over anchors i and positives j of
               −log( e^(z_i·z_j/τ) / (e^(z_i·z_j/τ) + Σ_n e^(z_i·z_n/τ)) )      n: the negatives
-    L_in    = the same over other positives
+    L_in    = the same over other positives            A, ρ, KL and w are those of grpo.py
 
 Only the paper's abstract and findings were at hand. All of this is our reading of them, assumption
 by assumption:
@@ -66,7 +66,8 @@ ALGORITHM = Path(__file__).stem
 #   ids, mask                [B, T]  token ids; True on the response, its end token included
 #   length                   [B]     tokens of prompt and response
 #   group                    [B]     the number of the row's prompt in this step, 0 … P − 1
-#   domain, reward           [B]     its place in DOMAINS; NaN if the verifier failed
+#   domain                   [B]     the domain's place in DOMAINS
+#   reward, correct          [B]     reward: NaN if the verifier failed
 #   sampler_logp             [B, T]  log π_sampler of each token, 0 outside the mask
 #   old_logp, ref_logp       [B, T]  log π_old and log π_ref, likewise
 #   advantage, importance    [B, T]  A and w of the header
@@ -378,7 +379,7 @@ def contrast(head, h_BH, correct_B, domain_B, group_B, args):
     """
     anchor_A, wrong_W = correct_B.nonzero()[:, 0], (~correct_B).nonzero()[:, 0]
     positive_pairs = find_positives(h_BH[anchor_A], domain_B[anchor_A], args)
-    pool_AN = find_negatives(group_B, anchor_A, wrong_W, args)  # numbers into wrong_W
+    pool_AN = find_negatives(group_B, anchor_A, wrong_W, args)  # indices into wrong_W
 
     z_BD = torch.nn.functional.normalize(head(h_BH), dim=1)
     cosine_AA = z_BD[anchor_A] @ z_BD[anchor_A].T
@@ -422,7 +423,7 @@ def find_positives(h_AH, domain_A, args) -> dict[str, torch.Tensor]:
 
 
 def find_negatives(group_B, anchor_A, wrong_W, args) -> torch.Tensor:
-    """[A, N]: the numbers (into wrong_W) of each anchor's negatives, its own prompt's first."""
+    """[A, N]: indices into wrong_W of each anchor's negatives, its own prompt's first."""
     prompts = int(group_B.max()) + 1
     prompts_ahead_AW = (group_B[wrong_W] - group_B[anchor_A, None]) % prompts
     return prompts_ahead_AW.argsort(dim=1, stable=True)[:, : args.pool_size]
@@ -782,7 +783,7 @@ def log_probs(policy, batch: Batch, args):
     for row_numbers in same_count(micro_batches(batch["length"], args.micro_batch_tokens)):
         micro = take(inputs, row_numbers, policy.device)
         outputs = policy(micro["ids"], micro["mask"])
-        micro_logp_BT, micro_entropy_BT, micro_h_BH = (x.float().cpu() for x in outputs)
+        micro_logp_BT, micro_entropy_BT, micro_h_BH = (x.to("cpu", logp_BT.dtype) for x in outputs)
         T = micro_logp_BT.shape[1]
         logp_BT[row_numbers, :T] = micro_logp_BT
         entropy_BT[row_numbers, :T] = micro_entropy_BT
@@ -1028,10 +1029,10 @@ def load_policy(name: str, dtype: str):
     policy = Policy(model, len(tokenizer), stop_ids)
     ids_BT = torch.arange(8)[None]  # any ids will do
     with torch.no_grad():
-        our_logp_T = policy.own_logp(ids_BT[0].tolist())
+        policy_logp_T = policy.own_logp(ids_BT[0].tolist())
         logp_TV = model(ids_BT).logits[0, :-1, : policy.vocab].log_softmax(-1)
-    its_logp_T = logp_TV.gather(-1, ids_BT[0, 1:, None])[:, 0]
-    if not torch.allclose(its_logp_T, our_logp_T, atol=1e-3):
+    model_logp_T = logp_TV.gather(-1, ids_BT[0, 1:, None])[:, 0]
+    if not torch.allclose(model_logp_T, policy_logp_T, atol=1e-3):
         raise UserError(
             f"--model {name}: its logits are not its output head times its last hidden state "
             "(soft-capped or scaled, as in Gemma 2 and Granite); its log-probs would be wrong here"

@@ -3,10 +3,10 @@
 The experts' other way into one model, beside merge.py. The student samples, each response goes to
 the teacher of its domain, and no reward enters. --kl sampled (M2RL):
 
-    L   = −1/B Σ_i 1/|y_i| Σ_t [ w_it min(ρ_it A_it, clip(ρ_it) A_it) − β KL_it ]         as grpo.py
+    L   = −1/B Σ_i 1/|y_i| Σ_t [ w_it min(ρ_it A_it, clip(ρ_it) A_it) − β KL_it ]
     A_t = log π_T(y_t | x, y_<t) − log π_old(y_t | x, y_<t)    per token; no group, no baseline
 
-clipped at 0.2/0.2. --kl full:
+clipped at 0.2/0.2; ρ, KL and w are those of grpo.py. --kl full:
 
     L   = 1/B Σ_i 1/|y_i| Σ_t w_it Σ_v π_θ(v | …) (log π_θ(v | …) − log π_T(v | …))
 
@@ -58,7 +58,8 @@ ALGORITHM = Path(__file__).stem
 #   ids, mask                [B, T]  token ids; True on the response, its end token included
 #   length                   [B]     tokens of prompt and response
 #   group                    [B]     the number of the row's prompt in this step, 0 … P − 1
-#   domain, reward           [B]     its place in DOMAINS; NaN if the verifier failed
+#   domain                   [B]     the domain's place in DOMAINS
+#   reward, correct          [B]     reward: NaN if the verifier failed
 #   sampler_logp             [B, T]  log π_sampler of each token, 0 outside the mask
 #   old_logp, ref_logp       [B, T]  log π_old and log π_ref, likewise
 #   advantage, importance    [B, T]  A and w of the header
@@ -163,7 +164,7 @@ from functools import partial
 
 from common.rows import DOMAINS
 
-ALGO_TOY = {"group_size": 8}
+ALGO_TOY = {"group_size": 8}  # as the toy has it in the other files
 
 
 def add_algo_arguments(group) -> None:
@@ -345,7 +346,7 @@ def init_state(args, policy) -> dict:
 def advantages(batch: Batch, state: dict, args) -> torch.Tensor:
     """[B, T]: log π_T − log π_old of each token, by the teacher of the row's domain.
 
-    With --kl full, which has no advantage: 1.
+    With --kl full, which has no advantage: 1, so that every row moves the policy.
     """
     advantage_BT = batch["mask"].float()
     if args.kl == "full":
@@ -483,7 +484,7 @@ def full_kl_backward(policy, batch: Batch, teachers: dict, args) -> dict[str, fl
         if not domain_share:
             continue
         rows = take(batch, row_B)
-        # backward() takes the mean over the rows that it gets
+        # backward() takes the mean over the rows that it gets: scale it by their share
         rows["importance"] = rows["importance"] * domain_share
         teacher_head = teacher.model.get_output_embeddings()
         weight_VH = ranks.full_tensor(teacher_head.weight).to(policy.device)
@@ -508,13 +509,13 @@ def negative_kl(policy, teacher, weight_VH, bias_V, ids_BT, mask_BT):
     def head(hidden_NH, teacher_NH, temperature):
         with policy.autocast():
             logits_NV = policy.model.get_output_embeddings()(hidden_NH)
-            teacher_NV = torch.nn.functional.linear(teacher_NH, weight_VH, bias_V)
+            teacher_logits_NV = torch.nn.functional.linear(teacher_NH, weight_VH, bias_V)
         at_least_fp32 = torch.promote_types(logits_NV.dtype, torch.float32)
         logits_NV = logits_NV[:, : policy.vocab].to(at_least_fp32)
-        teacher_NV = teacher_NV[:, : policy.vocab].to(at_least_fp32)
+        teacher_logits_NV = teacher_logits_NV[:, : policy.vocab].to(at_least_fp32)
         logp_NV = torch.log_softmax(logits_NV / temperature, -1)
-        teacher_NV = torch.log_softmax(teacher_NV / temperature, -1)
-        negative_kl_N = (logp_NV.exp() * (teacher_NV - logp_NV)).sum(-1)
+        teacher_logp_NV = torch.log_softmax(teacher_logits_NV / temperature, -1)
+        negative_kl_N = (logp_NV.exp() * (teacher_logp_NV - logp_NV)).sum(-1)
         entropy_N = -(logp_NV.exp() * logp_NV).sum(-1).detach()
         return negative_kl_N, entropy_N
 
@@ -773,7 +774,7 @@ def log_probs(policy, batch: Batch, args):
     for row_numbers in same_count(micro_batches(batch["length"], args.micro_batch_tokens)):
         micro = take(inputs, row_numbers, policy.device)
         outputs = policy(micro["ids"], micro["mask"])
-        micro_logp_BT, micro_entropy_BT, micro_h_BH = (x.float().cpu() for x in outputs)
+        micro_logp_BT, micro_entropy_BT, micro_h_BH = (x.to("cpu", logp_BT.dtype) for x in outputs)
         T = micro_logp_BT.shape[1]
         logp_BT[row_numbers, :T] = micro_logp_BT
         entropy_BT[row_numbers, :T] = micro_entropy_BT
@@ -1019,10 +1020,10 @@ def load_policy(name: str, dtype: str):
     policy = Policy(model, len(tokenizer), stop_ids)
     ids_BT = torch.arange(8)[None]  # any ids will do
     with torch.no_grad():
-        our_logp_T = policy.own_logp(ids_BT[0].tolist())
+        policy_logp_T = policy.own_logp(ids_BT[0].tolist())
         logp_TV = model(ids_BT).logits[0, :-1, : policy.vocab].log_softmax(-1)
-    its_logp_T = logp_TV.gather(-1, ids_BT[0, 1:, None])[:, 0]
-    if not torch.allclose(its_logp_T, our_logp_T, atol=1e-3):
+    model_logp_T = logp_TV.gather(-1, ids_BT[0, 1:, None])[:, 0]
+    if not torch.allclose(model_logp_T, policy_logp_T, atol=1e-3):
         raise UserError(
             f"--model {name}: its logits are not its output head times its last hidden state "
             "(soft-capped or scaled, as in Gemma 2 and Granite); its log-probs would be wrong here"

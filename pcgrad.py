@@ -3,10 +3,10 @@
 The baseline that the CGPO paper calls too large for language models. GRPO whose domains' gradients
 lose, pair by pair, what opposes another domain's:
 
-    L   = −1/B Σ_i 1/|y_i| Σ_t [ w_it min(ρ_it A_i, clip(ρ_it) A_i) − β KL_it ]           as grpo.py
+    L   = −1/B Σ_i 1/|y_i| Σ_t [ w_it min(ρ_it A_i, clip(ρ_it) A_i) − β KL_it ]
     g_k = the part of ∇L that comes from domain k's rows
     ĝ_i = g_i;  for j ≠ i in random order:  if ĝ_i·g_j < 0:  ĝ_i ← ĝ_i − (ĝ_i·g_j / ‖g_j‖²) g_j
-    g   = Σ_i ĝ_i
+    g   = Σ_i ĝ_i                                        A, ρ, KL and w are those of grpo.py
 
 The products run over all parameters and ranks, and g_j is always the original. Choices:
 
@@ -58,7 +58,8 @@ ALGORITHM = Path(__file__).stem
 #   ids, mask                [B, T]  token ids; True on the response, its end token included
 #   length                   [B]     tokens of prompt and response
 #   group                    [B]     the number of the row's prompt in this step, 0 … P − 1
-#   domain, reward           [B]     its place in DOMAINS; NaN if the verifier failed
+#   domain                   [B]     the domain's place in DOMAINS
+#   reward, correct          [B]     reward: NaN if the verifier failed
 #   sampler_logp             [B, T]  log π_sampler of each token, 0 outside the mask
 #   old_logp, ref_logp       [B, T]  log π_old and log π_ref, likewise
 #   advantage, importance    [B, T]  A and w of the header
@@ -411,7 +412,7 @@ def update(policy, optimizer, batch: Batch, lr: float, key: tuple, state: dict, 
         for gradient, weight in zip(gradient_K[1:], weights[1:]):
             p.grad.add_(gradient, alpha=weight)
 
-    extra_bytes = sum(g.numel() * g.element_size() for copy in gradients[1:] for g in copy)
+    extra_bytes = sum(g.numel() * g.element_size() for gradient in gradients[1:] for g in gradient)
     update_stats = reports.mean_stats(stats) | cosines(dots_KK, [DOMAINS[k] for k in present])
     update_stats["loss"] = loss
     update_stats["grad_norm"] = optimizer_step(policy, optimizer, lr, args)
@@ -704,7 +705,7 @@ def log_probs(policy, batch: Batch, args):
     for row_numbers in same_count(micro_batches(batch["length"], args.micro_batch_tokens)):
         micro = take(inputs, row_numbers, policy.device)
         outputs = policy(micro["ids"], micro["mask"])
-        micro_logp_BT, micro_entropy_BT, micro_h_BH = (x.float().cpu() for x in outputs)
+        micro_logp_BT, micro_entropy_BT, micro_h_BH = (x.to("cpu", logp_BT.dtype) for x in outputs)
         T = micro_logp_BT.shape[1]
         logp_BT[row_numbers, :T] = micro_logp_BT
         entropy_BT[row_numbers, :T] = micro_entropy_BT
@@ -950,10 +951,10 @@ def load_policy(name: str, dtype: str):
     policy = Policy(model, len(tokenizer), stop_ids)
     ids_BT = torch.arange(8)[None]  # any ids will do
     with torch.no_grad():
-        our_logp_T = policy.own_logp(ids_BT[0].tolist())
+        policy_logp_T = policy.own_logp(ids_BT[0].tolist())
         logp_TV = model(ids_BT).logits[0, :-1, : policy.vocab].log_softmax(-1)
-    its_logp_T = logp_TV.gather(-1, ids_BT[0, 1:, None])[:, 0]
-    if not torch.allclose(its_logp_T, our_logp_T, atol=1e-3):
+    model_logp_T = logp_TV.gather(-1, ids_BT[0, 1:, None])[:, 0]
+    if not torch.allclose(model_logp_T, policy_logp_T, atol=1e-3):
         raise UserError(
             f"--model {name}: its logits are not its output head times its last hidden state "
             "(soft-capped or scaled, as in Gemma 2 and Granite); its log-probs would be wrong here"

@@ -4,10 +4,13 @@ Suffixes as in grpo.py: P prompts, B sequences, T tokens.
 """
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 # Before torch is imported, and for the scripts that tests start too. The models are so small that
-# a second thread only waits; beside another busy process its waiting took fifty times as long.
+# a second thread only waits, and beside other busy processes its waiting took 20 to 40 times as
+# long as the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +29,8 @@ from transformers import (
 
 import grpo
 from common import ranks
-from sources.toy import build_toy, toy_tokenizer
+from common.files import RUNS
+from sources.toy import build_toy, folder_name, toy_tokenizer
 
 ranks.start()  # the losses' denominators are counted over a group of one
 
@@ -42,7 +46,20 @@ CHAT_TEMPLATE = (
 @pytest.fixture(scope="session")
 def toy() -> str:
     """The toy's folder, built at most once."""
-    return build_toy()
+    return build_toy()  # waits for the process below, which holds the toy's lock
+
+
+def pytest_collection_modifyitems(items):
+    """Unit tests first, the tests that train the toy last."""
+    items.sort(key=lambda item: "toy" in item.fixturenames)
+
+
+def pytest_collection_finish(session):
+    """If the toy is missing, build it in a process beside the first tests, which do not need it."""
+    needs_toy = any("toy" in item.fixturenames for item in session.items)
+    if needs_toy and not (RUNS / folder_name(seed=0)).exists():
+        command = [sys.executable, "sft.py", "--model", "toy"]
+        session.toy_builder = subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
 @pytest.fixture(params=["gpt2", "qwen2", "qwen3"])

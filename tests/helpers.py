@@ -20,7 +20,7 @@ from conftest import ROOT
 # opd.py needs teachers: test_opd.py runs it.
 ALGORITHMS = {"grpo": grpo, "cgpo": cgpo, "famo": famo, "pcgrad": pcgrad, "mcpo": mcpo}
 SHORT = (
-    *("--steps", 8, "--save-every", 2, "--eval-every", 3, "--eval-samples", 1),
+    *("--steps", 7, "--save-every", 2, "--eval-every", 3, "--eval-samples", 1),
     *("--batch-prompts", 10, "--mini-batch-prompts", 5, "--threads", 1),
 )
 
