@@ -1,23 +1,26 @@
 """CGPO: curvature-guided policy optimization (ICLR 2026): GRPO with one sub-step per domain.
 
-The mini-batch D is split by domain into D_1 … D_K, σ is a random order of the domains, η the
-learning rate, and g the gradient of GRPO's loss (Algorithm 1, lines 10–15):
+The mini-batch D is split by domain into D_1 … D_K, σ is a random order of the domains, and η the
+learning rate (Algorithm 1, lines 10–15):
 
-    L       = −1/B Σ_i 1/|y_i| Σ_t [ w_it min(ρ_it A_i, clip(ρ_it) A_i) − β KL_it ]
+    L(D_k)  = −1/B_k Σ_i 1/|y_i| Σ_t [ w_it min(ρ_it A_i, clip(ρ_it) A_i) − β KL_it ]
     φ_0     = θ
     φ_k     = φ_{k−1} − η |D_σ(k)|/|D| · g(φ_{k−1}; D_σ(k))      k = 1 … K              (line 14)
     θ_new   = φ_0 + α (φ_K − φ_0)                                α = 1.2                (line 15)
 
-A, ρ, KL and w are those of grpo.py.
+L(D_k) is GRPO's loss over the B_k responses of domain k; A, ρ, KL and w are those of grpo.py. g is
+its gradient in the paper. Here, as in the authors' code, it is AdamW's step on the clipped
+gradient.
 
-So a domain's gradient feels the curvature of the domains before it. In expectation over σ the
-step also climbs the inner products g_i·g_j (Eq. 5), at first-order cost and with one more copy of
-the parameters. This file differs from grpo.py in `update` and its flags. What the paper leaves
-open, decided here:
+So a domain's gradient feels the curvature of the domains before it. For plain gradient steps the
+paper shows that, in expectation over σ, the update also climbs the inner products g_i·g_j (after
+Eq. 5, and appendix B.4), at first-order cost and with one more copy of the parameters. This file
+differs from grpo.py in `update`, its flags and the toy's learning rate. What the paper leaves open,
+decided here:
 
-- The share |D_k|/|D|, counted in prompts, scales the learning rate. The authors' code scales the
-  loss, which Adam undoes, so K sub-steps move up to K times as far as joint training
-  (`--domain-weight loss`).
+- The share |D_k|/|D|, counted in prompts with a scored response, scales the learning rate. The
+  authors' code scales the loss, which Adam undoes, so K sub-steps move up to K times as far as
+  joint training (`--domain-weight loss`).
 - π_old and the advantages stay fixed through the sub-steps. Adam's moments are shared by the
   domains, neither reset nor interpolated. Gradients are clipped per sub-step. σ is a function of
   (seed, step, mini-batch).
@@ -26,9 +29,7 @@ open, decided here:
     python cgpo.py                                          # the toy, ~2 minutes on 2 cores
     python cgpo.py --model Qwen2.5-7B-Instruct --data train.jsonl --judge-url http://localhost:8000
 
-Suffixes give a tensor's shape, or a list's length: P prompts, G group size, B sequences (P·G),
-T tokens (of prompt and response), V vocabulary, H hidden, K domains, 1 a dimension of size 1. N is
-the response tokens of several sequences, one after the other.
+Suffixes and the batch's columns: see grpo.py.
 """
 
 # ---------------- SHARED: imports ----------------
@@ -42,7 +43,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import data
 import rewards
@@ -66,6 +67,7 @@ ALGORITHM = Path(__file__).stem
 #   sampler_logp             [B, T]  log π_sampler of each token, 0 outside the mask
 #   old_logp, ref_logp       [B, T]  log π_old and log π_ref, likewise
 #   advantage, importance    [B, T]  A and w of the header
+#   old_h                    [B, 1, H]  for mcpo.py
 Batch = dict[str, torch.Tensor]
 
 
@@ -112,8 +114,10 @@ def parse_args(argv: list[str] | None = None):
         default=0.001,
         help="weight of the KL to the frozen start model; with 0 that model is not kept",
     )
-    add("--clip-low", type=float, default=0.2, help="ε_low of the clipped ratio")
-    add("--clip-high", type=float, default=0.28, help="ε_high of the clipped ratio")
+    add("--clip-low", type=cli.non_negative_float, default=0.2, help="ε_low of the clipped ratio")
+    add(
+        "--clip-high", type=cli.non_negative_float, default=0.28, help="ε_high of the clipped ratio"
+    )
     add(
         "--loss-norm",
         choices=["sequence", "token", "constant"],
@@ -172,7 +176,7 @@ def add_algo_arguments(group) -> None:
     add = group.add_argument
     add(
         "--alpha",
-        type=float,
+        type=cli.non_negative_float,
         default=1.2,
         help="α of line 15. 1 keeps φ_K; above 1 extrapolates",
     )
@@ -180,7 +184,8 @@ def add_algo_arguments(group) -> None:
         "--order",
         choices=["random", "fixed", "mixed"],
         default="random",
-        help="order of the domains. mixed: the control, sub-steps that mix the domains",
+        help="order of the domains. fixed: math, code, science, writing, if, agent; mixed: the "
+        "control, sub-steps that mix the domains",
     )
     add(
         "--domain-weight",
@@ -322,6 +327,7 @@ def policy_loss(logp_BT, micro: Batch, args):
     advantage_BT, importance_BT = micro["advantage"], micro["importance"]
     ratio_BT = torch.exp(logp_BT - micro["old_logp"])
     clipped_BT = ratio_BT.clamp(1 - args.clip_low, 1 + args.clip_high)
+    # min: the clip stops only moves that raise the objective; taking back a bad move stays free
     surrogate_BT = torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
     is_clipped_BT = (surrogate_BT < ratio_BT * advantage_BT) & (importance_BT > 0)
     loss_BT = -importance_BT * surrogate_BT
@@ -445,9 +451,10 @@ def sub_batches(batch: Batch, key: tuple, order: str) -> list[tuple]:
     row_B: which of this rank's rows it has. The order is the same on every rank. mixed: sub-batches
     as large as the domains', of prompts of all domains.
     """
-    prompts_B2 = torch.stack([batch["group"], batch["domain"]], 1)
-    prompts_P2 = torch.cat(ranks.gather(prompts_B2)).unique(dim=0)
-    groups, domains = prompts_P2.T
+    # (group, domain) of each prompt, of all ranks
+    pairs = torch.stack([batch["group"], batch["domain"]], 1)
+    pairs = torch.cat(ranks.gather(pairs)).unique(dim=0)
+    groups, domains = pairs[:, 0], pairs[:, 1]
     chunks = [groups[domains == k] for k in domains.unique()]
     if order == "mixed":
         shuffled = groups[torch.from_numpy(rng(*key, "mixed").permutation(len(groups)))]
@@ -458,12 +465,12 @@ def sub_batches(batch: Batch, key: tuple, order: str) -> list[tuple]:
 
 
 def domain_cosines(policy, batch: Batch, args) -> dict[str, float]:
-    """{"cosine/<i>-<j>": cos(g_i, g_j)} of the domains' gradients at φ_0, which CGPO is to raise.
+    """{"cosine/<i>-<j>": cos(g_i, g_j)} of the domains' gradients at φ_0, which CGPO should raise.
 
     Keeps K gradients while it runs.
     """
     gradients = {}
-    for row_B, _ in sub_batches(batch, (), "fixed"):
+    for row_B, _ in sub_batches(batch, (), "fixed"):  # this order needs no key
         backward(policy, take(batch, row_B), args)
         # the domain's number, from a rank that has a row of it
         k = int(batch["domain"][row_B].max()) if row_B.any() else -1
@@ -699,7 +706,9 @@ class Policy(torch.nn.Module):
         values = []  # for each chunk, the tuple that the head gives
         for hidden, targets in zip(hidden_NH.split(chunk), target_N.split(chunk)):
             if recompute:
-                values.append(checkpoint(head, hidden, targets, temperature, use_reentrant=False))
+                values.append(
+                    recompute_in_backward(head, hidden, targets, temperature, use_reentrant=False)
+                )
             else:
                 values.append(head(hidden, targets, temperature))
 

@@ -18,7 +18,7 @@ import torch
 
 from common.errors import UserError
 from common.keys import rng
-from common.rows import DOMAINS
+from common.rows import DOMAINS, lagging_domain
 from sources.load import load_rows
 
 # ---------------- rows ----------------
@@ -45,7 +45,7 @@ def hold_out(rows: list[dict], per_domain: int) -> tuple[list[dict], list[dict]]
 
 
 def check_context(args, context: int) -> None:
-    """Raise UserError where a prompt and its response may not fit the model's context."""
+    """Raise UserError if a prompt and its response may exceed the context (in tokens)."""
     if args.max_prompt_tokens + args.max_new_tokens > context:
         raise UserError(
             f"--max-prompt-tokens {args.max_prompt_tokens} + --max-new-tokens "
@@ -59,8 +59,8 @@ def train_and_eval_rows(
 ) -> tuple[list[dict], list[dict]]:
     """(training rows, evaluation rows) with their prompts' tokens; no prompt is in both.
 
-    rows: (training rows, held-out rows) as load_rows gives them, to use in place of --data and
-    --eval-data. Raises UserError.
+    context: the model's, in tokens. rows: (training rows, held-out rows), as load_rows returns
+    rows; they replace those of --data and --eval-data. Raises UserError.
     """
     check_context(args, context)
     train_rows, eval_rows = load_train_and_eval(args) if rows is None else rows
@@ -78,7 +78,10 @@ def train_and_eval_rows(
 
 
 def load_train_and_eval(args) -> tuple[list[dict], list[dict]]:
-    """(training rows, evaluation rows) of --data and --eval-data, or held out from --data."""
+    """(rows of --data, rows of --eval-data); without --eval-data, hold_out() splits --data.
+
+    Raises UserError if the two share a prompt.
+    """
     if args.data == ["cgpo"]:
         omitted = "" if args.judge_url else "; no writing, because there is no --judge-url"
         print(f"--data cgpo (sources/recipes.py), domains {' '.join(args.domains)}{omitted}")
@@ -116,7 +119,7 @@ def encode_prompts(
 ) -> list[dict]:
     """Copies of the rows with two more fields: "ids", the prompt's tokens, and "opened".
 
-    The prompt is written by the tokenizer's chat template, or is plain text where there is none.
+    The tokenizer's chat template writes the prompt; if there is none, the prompt is plain text.
     "opened" is the text of the response that the template has written already: "<think>" or "".
     Prompts of more than `limit` tokens are dropped, and a message says how many.
     system: the system prompt, "" for none. name: what the messages call the rows.
@@ -158,7 +161,7 @@ def to_messages(row: dict) -> list[dict]:
 
 
 def plain_text(row: dict, system: str) -> str:
-    """The prompt for a tokenizer without a chat template: texts with a blank line between."""
+    """The prompt for a tokenizer without a chat template: its texts, with blank lines between."""
     texts = [system]
     for message in to_messages(row):
         texts.append(message["content"])
@@ -169,8 +172,8 @@ def plain_text(row: dict, system: str) -> str:
 def chat_text(row: dict, tokenizer, system: str) -> str:
     """The prompt as the chat template writes it, up to where the response begins.
 
-    `system` is appended to the row's own system message where it has one. Raises UserError when the
-    template refuses the messages.
+    If the row has a system message, `system` is appended to it. Raises UserError if the template
+    refuses the messages.
     """
     messages = to_messages(row)
     if system:
@@ -188,6 +191,7 @@ def chat_text(row: dict, tokenizer, system: str) -> str:
 
 
 def add_system(messages: list[dict], system: str) -> list[dict]:
+    """The messages with `system` as their system message, or at the end of the one they have."""
     if messages[0]["role"] != "system":
         return [{"role": "system", "content": system}, *messages]
     content = f"{messages[0]['content']}\n\n{system}"
@@ -195,7 +199,7 @@ def add_system(messages: list[dict], system: str) -> list[dict]:
 
 
 def system_in_first_turn(messages: list[dict]) -> list[dict]:
-    """The messages without a system role: its text opens the turn after it."""
+    """The messages without a system role: the system's text begins the next message instead."""
     system, turn, *later = messages
     content = f"{system['content']}\n\n{turn['content']}"
     return [{**turn, "content": content}, *later]
@@ -203,21 +207,15 @@ def system_in_first_turn(messages: list[dict]) -> list[dict]:
 
 # ---------------- batches of rows ----------------
 
-STAGES = (
-    "code",
-    "math",
-    "science",
-    "writing",
-    "if",
-    "agent",
-)  # Omni-Thinker's order, then the rest
+# The order of the Omni-Thinker paper; the domains that it does not order come last.
+STAGES = ("code", "math", "science", "writing", "if", "agent")
 
 
 def domain_mix(rows: list[dict], mix: str) -> dict[str, float]:
     """Each domain's share of a batch; the shares sum to 1.
 
-    mix: weights such as "math=2,code=1" (a domain without one gets nothing), "equal", or "" for
-    shares as in the rows. Raises UserError.
+    mix: weights such as "math=2,code=1" (a domain without a weight gets no rows), "equal", or ""
+    for the shares of the rows. Raises UserError.
     """
     row_counts = Counter(row["domain"] for row in rows)
     domains = [domain for domain in DOMAINS if row_counts[domain]]
@@ -240,6 +238,7 @@ def domain_mix(rows: list[dict], mix: str) -> dict[str, float]:
 
 
 def parse_mix(mix: str) -> dict[str, float]:
+    """{domain: weight} of a text such as "math=2,code=1". Raises UserError."""
     weights = {}
     try:
         for pair in mix.split(","):
@@ -253,9 +252,9 @@ def parse_mix(mix: str) -> dict[str, float]:
 def batches(rows: list[dict], size: int, mix: dict[str, float], seed: int) -> Iterator[list[dict]]:
     """Yield batches of `size` rows for ever, a pure function of the arguments.
 
-    Each place in a batch goes to the domain that lags its share the most, so that every stretch of
-    a batch (a mini-batch too) keeps the mix to within one row. Within a domain, no row repeats
-    before all were drawn.
+    mix: each domain's share. Each row comes from the domain that lags its share the most, so that
+    every part of a batch (such as a mini-batch) keeps the mix to within one row. Within a domain,
+    no row repeats before all rows were drawn.
     """
     streams = {}
     for domain in mix:
@@ -264,15 +263,14 @@ def batches(rows: list[dict], size: int, mix: dict[str, float], seed: int) -> It
     while True:
         batch = []
         for _ in range(size):
-            total = sum(drawn.values()) + 1
-            domain = max(mix, key=lambda domain: mix[domain] * total - drawn[domain])
+            domain = lagging_domain(mix, drawn)
             drawn[domain] += 1
             batch.append(next(streams[domain]))
         yield batch
 
 
 def shuffles(rows: list[dict], seed: int, domain: str) -> Iterator[dict]:
-    """The rows of one domain in random order, in a new order each epoch, for ever."""
+    """Yield the rows of one domain for ever, in a new random order each epoch."""
     for epoch in itertools.count():
         for i in rng(seed, "shuffle", domain, epoch).permutation(len(rows)):
             yield rows[i]
@@ -281,7 +279,7 @@ def shuffles(rows: list[dict], seed: int, domain: str) -> Iterator[dict]:
 def schedule(rows: list[dict], mix: dict[str, float], steps: int, args) -> list[list[dict]]:
     """The batches of a run: `steps` lists of --batch-prompts rows.
 
-    A curriculum only changes the order. Each prompt comes as often as in the run without one.
+    --curriculum only changes the order: each prompt comes as often as without a curriculum.
         none          every batch keeps the mix of domains
         omni-thinker  domain after domain, in the order of STAGES; the mix gives a stage's length
         self-paced    the highest "pass_rate" first; rows without one are spread evenly
@@ -290,19 +288,22 @@ def schedule(rows: list[dict], mix: dict[str, float], steps: int, args) -> list[
     plan = list(itertools.islice(batches(rows, args.batch_prompts, mix, args.seed), steps))
     if args.curriculum == "none":
         return plan
-    slots = [row for batch in plan for row in batch]
+    slots = [row for batch in plan for row in batch]  # the run's prompts, in their present order
     if args.curriculum == "omni-thinker":
         positions = [STAGES.index(row["domain"]) for row in slots]
     else:
         positions = self_paced_positions(slots, args.seed)
-    order = sorted(range(len(slots)), key=positions.__getitem__)
-    slots = [slots[i] for i in order]
-    starts = range(0, len(slots), args.batch_prompts)
-    return [slots[start : start + args.batch_prompts] for start in starts]
+    order = sorted(range(len(slots)), key=lambda i: positions[i])
+    ordered = [slots[i] for i in order]
+    starts = range(0, len(ordered), args.batch_prompts)
+    return [ordered[start : start + args.batch_prompts] for start in starts]
 
 
 def self_paced_positions(slots: list[dict], seed: int) -> list[float]:
-    """Each slot's position in the run, in (0, 1): by pass rate, or at random without one."""
+    """Each slot's position in the run, from 0 to 1: by pass rate, or random for rows without one.
+
+    Raises UserError if no row has a pass rate.
+    """
     rated = [i for i, row in enumerate(slots) if "pass_rate" in row]
     if not rated:
         raise UserError(
@@ -311,21 +312,21 @@ def self_paced_positions(slots: list[dict], seed: int) -> list[float]:
         )
     rated.sort(key=lambda i: -slots[i]["pass_rate"])
     positions = [rng(seed, "self-paced", i).random() for i in range(len(slots))]
-    for place, i in enumerate(rated):
-        positions[i] = (place + 0.5) / len(rated)
+    for number, i in enumerate(rated):
+        positions[i] = (number + 0.5) / len(rated)
     return positions
 
 
-def deal(rows: list[dict], rank: int, world_size: int, stretch: int) -> list[int]:
+def deal(rows: list[dict], rank: int, world_size: int, mini_batch_size: int) -> list[int]:
     """The indices of one rank's rows, ascending.
 
-    In every stretch of the batch (a mini-batch), each domain's rows are dealt to the ranks in turn,
-    so that the ranks have the same mix. A rank that would have no row gets the first one, which
-    join_ranks then counts once.
+    In every mini-batch, the rows are sorted by domain and dealt to the ranks in turn, so that the
+    ranks have the same mix. A rank that would have no row gets the first row, which join_ranks then
+    counts once.
     """
     dealt = []
-    for start in range(0, len(rows), stretch):
-        indices = range(start, min(start + stretch, len(rows)))
+    for start in range(0, len(rows), mini_batch_size):
+        indices = range(start, min(start + mini_batch_size, len(rows)))
         by_domain = sorted(indices, key=lambda p: DOMAINS.index(rows[p]["domain"]))
         dealt += by_domain[rank::world_size]
     return sorted(dealt) if dealt else [0]
@@ -334,14 +335,16 @@ def deal(rows: list[dict], rank: int, world_size: int, stretch: int) -> list[int
 # ---------------- batches of tensors ----------------
 
 
-def collate(rows_B, prompt_numbers_P, group: int, tokens_B, logps_B, truncated_B, scores_B) -> dict:
-    """A batch of B = P · G sequences; the `group` responses to a prompt stand side by side.
+def collate(
+    rows_B, prompt_numbers_P, group_size: int, tokens_B, logps_B, truncated_B, scores_B
+) -> dict:
+    """A batch of B = P · G sequences; the responses to one prompt are side by side.
 
-    rows_B: each response's row, with "ids". prompt_numbers_P: this rank's prompts, as deal gives
+    rows_B: each response's row, with "ids". prompt_numbers_P: this rank's prompts, as deal returns
     them. tokens_B, logps_B: a list per response, its end token included. scores_B: rewards.Score.
 
     column         shape  type
-    ids            [B, T] int    prompt, response with its end token, then 0 up to the longest
+    ids            [B, T] int    prompt, response with its end token, then 0 as padding
     mask           [B, T] bool   the response, its end token included
     sampler_logp   [B, T] float  the sampler's log-prob of each response token, 0 elsewhere
     length         [B]    int    tokens of prompt and response
@@ -376,7 +379,7 @@ def collate(rows_B, prompt_numbers_P, group: int, tokens_B, logps_B, truncated_B
         "sampler_logp": sampler_logp_BT,
         "length": torch.tensor(length_B),
         "truncated": torch.tensor(truncated_B),
-        "group": torch.tensor(prompt_numbers_P).repeat_interleave(group),
+        "group": torch.tensor(prompt_numbers_P).repeat_interleave(group_size),
         "domain": torch.tensor([DOMAINS.index(row["domain"]) for row in rows_B]),
         "reward": torch.tensor(reward_B).double(),
         "correct": torch.tensor([bool(score.correct) for score in scores_B]),
@@ -385,52 +388,57 @@ def collate(rows_B, prompt_numbers_P, group: int, tokens_B, logps_B, truncated_B
     }
 
 
-def join_ranks(parts: list[tuple[dict, list]], group: int) -> tuple[dict, list]:
+def join_ranks(rank_results: list[tuple[dict, list]], group_size: int) -> tuple[dict, list]:
     """(columns, samples) of all ranks, in the prompts' order, each prompt once.
 
-    parts: (columns [B], samples) per rank, as ranks.gather gives them. A prompt that several ranks
-    have answered (see deal) keeps only its first `group` responses.
+    rank_results: (columns [B], samples) per rank, as ranks.gather returns them. A prompt that
+    several ranks have answered (see deal) keeps only its first `group_size` responses.
     """
     columns = {}
-    for name in parts[0][0]:
-        columns[name] = torch.cat([rank_columns[name] for rank_columns, _ in parts])
-    samples = [sample for _, rank_samples in parts for sample in rank_samples]
+    for name in rank_results[0][0]:
+        columns[name] = torch.cat([rank_columns[name] for rank_columns, _ in rank_results])
+    samples = []
+    for _, rank_samples in rank_results:
+        samples += rank_samples
 
     order = columns["group"].argsort(stable=True)
     prompt_B = columns["group"][order]
-    first_of_prompt_B = torch.searchsorted(prompt_B, prompt_B)
-    order = order[torch.arange(len(order)) - first_of_prompt_B < group]
+    first_of_prompt_B = torch.searchsorted(prompt_B, prompt_B)  # index of its first response
+    order = order[torch.arange(len(order)) - first_of_prompt_B < group_size]
     columns = {name: column[order] for name, column in columns.items()}
     return columns, [samples[i] for i in order.tolist()]
 
 
 def take(batch: dict, index, device=None) -> dict:
-    """The sequences `index` of a batch, on `device`; columns [B, T] are cut to the longest of them.
+    """The sequences `index` of a batch, on `device` (default: where they are).
 
-    An empty index gives columns of 0 rows and 2 tokens.
+    Columns [B, T] are cut to the longest of these sequences. An empty index gives columns of 0
+    sequences and 2 tokens, the least that a forward pass with log-probs takes.
     """
     length_B = batch["length"][index]
     longest = int(length_B.max()) if len(length_B) else 2
-    taken = {}
+    selection = {}
     for name, column in batch.items():
-        rows = column[index]
-        if rows.ndim == 2:
-            rows = rows[:, :longest]
-        taken[name] = rows.to(device or column.device)
-    return taken
+        values = column[index]
+        if values.ndim == 2:
+            values = values[:, :longest]
+        selection[name] = values.to(device or column.device)
+    return selection
 
 
 def micro_batches(length_B, budget: int) -> list[torch.Tensor]:
-    """Indices of the sequences, short ones first, in pieces to pass through the model at once.
+    """The micro-batches of a batch: the indices of their sequences, short sequences first.
 
-    The padded size of a piece is at most `budget` tokens, unless one sequence alone is longer.
+    A micro-batch has at most `budget` tokens, padding included, unless one sequence alone is
+    longer. Without sequences there is one empty micro-batch.
     """
-    pieces, piece = [], []
-    for i in length_B.argsort(stable=True).tolist():
-        padded_size = (len(piece) + 1) * int(length_B[i])
-        if piece and padded_size > budget:
-            pieces.append(torch.tensor(piece))
-            piece = []
-        piece.append(i)
-    pieces.append(torch.tensor(piece, dtype=torch.long))  # empty when there is no sequence
-    return pieces
+    indices_of_batches = []
+    indices = []  # of the micro-batch that is being filled
+    for b in length_B.argsort(stable=True).tolist():
+        padded_size = (len(indices) + 1) * int(length_B[b])
+        if indices and padded_size > budget:
+            indices_of_batches.append(torch.tensor(indices))
+            indices = []
+        indices.append(b)
+    indices_of_batches.append(torch.tensor(indices, dtype=torch.long))
+    return indices_of_batches

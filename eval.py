@@ -1,4 +1,4 @@
-"""Scores a model on rows: Avg@K, pass@K, length, truncation and format, by domain or benchmark.
+"""Score a model on rows: Avg@K, pass@k, length, truncation and format, by domain or benchmark.
 
     python eval.py --model toy --data toy --held-out 40 --out scores/start
     python eval.py --model Qwen2.5-7B-Instruct --benchmarks math500 humaneval bfcl --k 4 \\
@@ -7,18 +7,19 @@
         --out scores/base                                  # pass rates for --curriculum self-paced
     python eval.py --compare scores/start scores/joint     # finished evaluations side by side
 
---out gets items.jsonl (one line per prompt, with every response), samples.txt (some of them to
-read), scores.json and args.json. The same command continues an evaluation that was stopped.
+--out gets items.jsonl (one line per prompt, with every response), samples.txt (a few prompts and
+responses to read), scores.json and args.json. The same command continues an evaluation that was
+stopped.
 
-    Avg@K  = mean over prompts of the share of right responses among K
-             (WritingBench: of the mean score / 10), with its standard error over prompts
+    Avg@K  = mean over prompts of the share of right responses among K, with its standard error
+             over prompts (WritingBench: of the mean score / 10 instead of the share)
     pass@k = 1 − C(n − c, k) / C(n, k) for c right responses of n        (Chen et al. 2021)
 
-A response whose verifier failed is counted apart and left out of both. Where that happened to all
-responses of a prompt, the same command asks again.
+A response whose verifier failed is left out of both and counted apart. If the verifier failed on
+all responses of a prompt, the same command samples and scores that prompt again.
 
-With --benchmarks a response without <think> is all answer (--reward-scheme lenient). Otherwise the
-format of training is asked for (--reward-scheme cgpo).
+With --benchmarks a response without <think> counts as all answer (--reward-scheme lenient).
+Otherwise the format of training is required (--reward-scheme cgpo).
 """
 
 import collections
@@ -56,7 +57,8 @@ from sources.models import resolve_model
 
 # ---------------- arguments ----------------
 
-# The flags of everything that samples from a model and scores what comes.
+# The flags of a command that samples from a model and scores the responses: of this one, and of
+# `studies.analyze kl`.
 SAMPLING = (
     "--model",
     "--data",
@@ -78,12 +80,12 @@ SAMPLING = (
     "--seed",
     "--threads",
 )
-# Those of them that may be 0 here.
-OWN_FLAGS = {
+# Those of them that have another range here than in training: 0 is allowed.
+ZERO_ALLOWED = {
     "--max-prompt-tokens": {
         "type": natural,
         "default": 0,
-        "help": "longer prompts are dropped and counted, but a benchmark's are refused; "
+        "help": "longer prompts are dropped and counted, but those of a benchmark are refused; "
         "0: as many tokens as the model has room for",
     },
     "--temperature": {
@@ -92,20 +94,24 @@ OWN_FLAGS = {
         "help": "temperature of the sampler; 0: always the most likely token",
     },
 }
+# Tokens. Without --max-prompt-tokens a prompt may be this long at most, even if the model has more
+# room, because the engine's memory grows with the longest prompt.
+LONGEST_PROMPT = 16384
 
 
 def parse_args(argv: list[str] | None = None):
+    """The flags, checked. args.source is {benchmark: file}. A wrong flag ends the script."""
     parser = Parser(__doc__)
     add_own_flags(parser)
     for name in SAMPLING:
-        if name in OWN_FLAGS:
-            parser.add_argument(name, **OWN_FLAGS[name])
+        if name in ZERO_ALLOWED:
+            parser.add_argument(name, **ZERO_ALLOWED[name])
         else:
             add_flags(parser, name)
-    parser.set_defaults(reward_scheme="")  # lenient or cgpo, see below
+    parser.set_defaults(reward_scheme="")  # decided below
     args = parse_sampling(parser, argv)
     if not args.compare and not ((args.data or args.benchmarks) and args.out):
-        parser.error("--data or --benchmarks, and --out are needed, or --compare")
+        parser.error("--data or --benchmarks, and --out are needed, or --compare alone")
     if not args.reward_scheme:
         args.reward_scheme = "lenient" if args.benchmarks else "cgpo"
     args.source = parse_sources(parser, args)
@@ -115,12 +121,13 @@ def parse_args(argv: list[str] | None = None):
         )
     if args.pass_at > args.k:
         parser.error(f"--pass-at {args.pass_at}: must be at most --k {args.k}")
-    args.mini_batch_prompts = args.batch_prompts  # data.deal() deals rows to ranks by these
+    # Here a mini-batch is the whole batch: data.deal() deals its rows to the ranks.
+    args.mini_batch_prompts = args.batch_prompts
     return args
 
 
 def add_own_flags(parser) -> None:
-    """The flags that no other script has."""
+    """Add the flags that no other script has."""
     add = parser.add_argument
     add("--k", type=positive_int, default=8, help="responses per prompt")
     names = " ".join(benchmarks.NAMES)
@@ -129,50 +136,51 @@ def add_own_flags(parser) -> None:
         "--source",
         nargs="+",
         default=[],
-        help="NAME=FILE.jsonl: read a benchmark's own rows from a file instead of the hub",
+        help="read a benchmark's rows from a file instead of the hub: NAME=FILE.jsonl",
     )
     add(
         "--top-p",
         type=share,
         default=1.0,
-        help="sample from the most probable tokens that together reach this probability",
+        help="sample only from the most probable tokens that together reach this probability",
     )
     add("--pass-at", type=natural, default=0, help="k of pass@k; 0: the value of --k")
     add(
         "--held-out",
         type=natural,
         default=0,
-        help="evaluate only the prompts that training holds out with --eval-prompts N; 0: all",
+        help="evaluate only the prompts that training holds out with --eval-prompts N; "
+        "0: evaluate all",
     )
     add("--batch-prompts", type=positive_int, default=512, help="prompts between two saves")
     add(
         "--rated",
         default="",
-        help='also write the rows to this file, with the accuracy found as "pass_rate"',
+        help='also write the rows to this file, each with its accuracy as "pass_rate"',
     )
     add(
         "--compare",
         nargs="+",
         default=[],
-        help="compare these folders of finished evaluations, and do nothing else",
+        help="only compare the finished evaluations in these folders",
     )
     add("--out", default="", help="folder to write")
 
 
 def parse_sampling(parser, argv):
-    """Parse the flags of a parser that has SAMPLING's.
+    """The parsed flags of a parser that has the flags of SAMPLING.
 
-    The toy's defaults hold where the model is the toy or, because its rows are asked, one of the
-    toy's children.
+    The toy's defaults hold if the model is the toy, or if the only rows are the toy's: then the
+    model is one that was trained from the toy.
     """
-    # ranks.place() asks for these two, which only training has as flags
+    # ranks.place() reads these two, which are flags in training only.
     parser.set_defaults(cpu_offload=False, checkpoint_activations=False)
     args = parser.parse_args(argv)
     if args.model == "toy" or args.data == ["toy"]:
-        own = ("data", "batch_prompts")  # these have another meaning here than in training
         toy_defaults = {}
         for name, value in grpo.TOY.items():
-            if name in vars(args) and name not in own:
+            # --data has no default here, and --batch-prompts means something else than in training
+            if name in vars(args) and name not in ("data", "batch_prompts"):
                 toy_defaults[name] = value
         parser.set_defaults(**toy_defaults)
         args = parser.parse_args(argv)
@@ -180,7 +188,7 @@ def parse_sampling(parser, argv):
 
 
 def parse_sources(parser, args) -> dict[str, str]:
-    """{benchmark: file} of --source."""
+    """{benchmark: file} of --source. A wrong value ends the script."""
     files = {}
     for pair in args.source:
         name, _, file = pair.partition("=")
@@ -200,7 +208,7 @@ def parse_sources(parser, args) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> Path | None:
     """Sample, score, write, and return the folder; with --compare only print a table.
 
-    Raises UserError.
+    Raises UserError for rows, models, servers or folders that cannot be used.
     """
     args = parse_args(argv)
     if args.compare:
@@ -209,13 +217,14 @@ def main(argv: list[str] | None = None) -> Path | None:
     check_rated(args.rated)
 
     # 1. rows, model, engine
-    rows = load_asked_rows(args)
+    rows = load_evaluation_rows(args)
     name, tokenizer, policy = open_model(args)
     encoded = encode_rows(rows, tokenizer, args)
-    args.max_prompt_tokens = max(len(row["ids"]) for row in encoded)  # the engine makes room
+    # The engine makes room for the longest prompt only.
+    args.max_prompt_tokens = max(len(row["ids"]) for row in encoded)
     engine = open_sampler(name, policy, encoded, args)
 
-    # 2. the folder, with what is finished in it
+    # 2. the folder, and the prompts that are finished in it
     out = Path(args.out)
     finished = open_folder(out, flags_and_inputs(args, name, encoded))
     finished_ids = {item["id"] for item in finished}
@@ -223,21 +232,21 @@ def main(argv: list[str] | None = None) -> Path | None:
     print_opening(args, engine, waiting, len(finished_ids), len(encoded))
 
     # 3. responses and their rewards
-    new = answer_rows(policy, tokenizer, waiting, len(finished), len(encoded), out, args)
+    answered = answer_rows(policy, tokenizer, waiting, len(finished), len(encoded), out, args)
 
     # 4. scores
-    items = in_order_of(encoded, finished + new)
+    items = in_order_of(encoded, finished + answered)
     pass_k = args.pass_at or args.k
     scores = summarise(items, pass_k)
     for group in sorted({item["group"] for item in items} - scores.keys()):
         print(
             f"{group}: the verifier failed on every response, so there is no score; the same "
-            "command asks again"
+            "command tries again"
         )
     if ranks.is_first():
         write_jsonl(out / "items.jsonl", items)
         write_text(out / "scores.json", json.dumps(scores, indent=1))
-        write_text(out / "samples.txt", as_text(items))
+        write_text(out / "samples.txt", samples_text(items))
         if args.rated:
             write_rated(Path(args.rated), rows, items)
     print(table(scores, args.k, pass_k))
@@ -246,6 +255,7 @@ def main(argv: list[str] | None = None) -> Path | None:
 
 
 def print_opening(args, engine: str, waiting: list[dict], done: int, total: int) -> None:
+    """Print how much there is to do, and how science is judged if no verifier is named."""
     print(
         f"{args.model}: {total} prompts × {args.k} responses, engine {engine}; {done} are done",
         flush=True,
@@ -257,9 +267,9 @@ def print_opening(args, engine: str, waiting: list[dict], done: int, total: int)
 def answer_rows(
     policy, tokenizer, rows: list[dict], done: int, total: int, out: Path, args
 ) -> list[dict]:
-    """The items of `rows`, added to items.jsonl by batches of --batch-prompts rows.
+    """The items of `rows`. They are added to items.jsonl in batches of --batch-prompts rows.
 
-    done, total: how many prompts are finished already, of how many; for the live line.
+    done, total: prompts that were finished before, and all prompts; the live line shows them.
     """
     items = []
     started = time.perf_counter()
@@ -270,27 +280,27 @@ def answer_rows(
             policy, tokenizer, batch_rows, args.k, key, args.temperature, args, args.top_p
         )
         rewards.stop_if_down(columns)
-        new = []
+        batch_items = []
         for p, row in enumerate(batch_rows):
             responses = range(p * args.k, (p + 1) * args.k)
-            new.append(make_item(row, samples, columns, responses))
+            batch_items.append(make_item(row, samples, columns, responses))
         if ranks.is_first():
-            append_jsonl(out / "items.jsonl", new)
-        items += new
+            append_jsonl(out / "items.jsonl", batch_items)
+        items += batch_items
         seconds_per_row = (time.perf_counter() - started) / len(items)
-        left = int(seconds_per_row * (len(rows) - len(items)))
+        seconds_left = int(seconds_per_row * (len(rows) - len(items)))
         print(
-            f"{done + len(items)}/{total}  {left // 60}:{left % 60:02d} left",
+            f"{done + len(items)}/{total}  {seconds_left // 60}:{seconds_left % 60:02d} left",
             flush=True,
         )
     return items
 
 
 def make_item(row: dict, samples: list[dict], columns: dict, responses: range) -> dict:
-    """A prompt and its responses, which stand at the places `responses` of a rollout.
+    """A prompt's line of items.jsonl. `responses`: the indices of its responses in the rollout.
 
-    "accuracy" is None where every verifier call failed. WritingBench's critic gives a score
-    instead of right or wrong, so there it is the mean reward.
+    "accuracy" is the share of right responses. It is None if the verifier failed on all of them.
+    WritingBench's critic gives a score instead of right or wrong: there it is the mean reward.
     """
     item_responses = []
     for b in responses:
@@ -302,14 +312,17 @@ def make_item(row: dict, samples: list[dict], columns: dict, responses: range) -
         for name in ("correct", "valid", "truncated", "tokens"):
             response[name] = columns[name][b].item()
         item_responses.append(response)
-    score = "reward" if row.get("checker") == "critic" else "correct"
-    values = [response[score] for response in item_responses if response["reward"] is not None]
+    score_name = "reward" if row.get("checker") == "critic" else "correct"
+    scores = []
+    for response in item_responses:
+        if response["reward"] is not None:
+            scores.append(response[score_name])
     return {
         "id": row["id"],
         "domain": row["domain"],
         "group": row.get("benchmark") or row["domain"],
         "prompt": prompt_text(row),
-        "accuracy": float(np.mean(values)) if values else None,
+        "accuracy": float(np.mean(scores)) if scores else None,
         "responses": item_responses,
     }
 
@@ -317,10 +330,10 @@ def make_item(row: dict, samples: list[dict], columns: dict, responses: range) -
 # ---------------- rows, model, engine ----------------
 
 
-def load_asked_rows(args) -> list[dict]:
-    """The rows of --data and of --benchmarks; with --held-out those that training holds out.
+def load_evaluation_rows(args) -> list[dict]:
+    """The rows of --data and of --benchmarks; with --held-out only those that training holds out.
 
-    Raises UserError.
+    Raises UserError if there are none, or if a row lacks what its reward needs.
     """
     rows = load_rows(args.data, args.domains, args.seed) if args.data else []
     for name in dict.fromkeys(args.benchmarks):
@@ -329,7 +342,8 @@ def load_asked_rows(args) -> list[dict]:
                 rows.append(row)
     if not rows:
         raise UserError(
-            f"--domains {' '.join(args.domains)}: no row of --data and --benchmarks is of these"
+            f"--domains {' '.join(args.domains)}: no row of --data and --benchmarks is of these "
+            "domains"
         )
     rewards.check_rows(rows, args.judge_url, args.sandbox_url)
     if args.held_out:
@@ -340,23 +354,26 @@ def load_asked_rows(args) -> list[dict]:
 def open_model(args):
     """(folder or hub id, tokenizer, policy on its device).
 
-    Sets args.max_prompt_tokens where it is 0. Raises UserError.
+    If args.max_prompt_tokens is 0, it is set to what the model has room for. Raises UserError if
+    there is no such model, or if its context is too short.
     """
     if args.threads:
         torch.set_num_threads(args.threads)
     name = resolve_model(args.model)
     ranks.start()
     tokenizer, policy = grpo.load_policy(name, args.dtype)
-    policy.temperature = args.temperature or 1.0  # 0 samples greedily
+    # Logits are divided by this. A temperature of 0 is greedy sampling and divides nothing.
+    policy.temperature = args.temperature or 1.0
+    # A model without this value has no limit.
     context = getattr(policy.model.config, "max_position_embeddings", 1 << 30)
     if not args.max_prompt_tokens:
-        args.max_prompt_tokens = max(1, min(16384, context - args.max_new_tokens))
+        args.max_prompt_tokens = max(1, min(LONGEST_PROMPT, context - args.max_new_tokens))
     data.check_context(args, context)
     return name, tokenizer, ranks.place(policy, args)
 
 
 def encode_rows(rows: list[dict], tokenizer, args) -> list[dict]:
-    """The rows with their prompts' tokens. Raises UserError if a benchmark would lose some."""
+    """The rows with their prompts' tokens. Raises UserError if a benchmark would lose rows."""
     encoded = data.encode_prompts(
         rows,
         tokenizer,
@@ -376,7 +393,7 @@ def encode_rows(rows: list[dict], tokenizer, args) -> list[dict]:
 
 
 def open_sampler(name: str, policy, rows: list[dict], args) -> str:
-    """Start the engine and set up the rewards; returns which engine, and why."""
+    """Set up the rewards and start the policy's engine. Returns the engine's name, and why it."""
     rewards.configure(args)
     canary = canary_ids(rows, args)
     policy.engine, engine = open_engine(grpo.Engine, name, policy, canary, args)
@@ -387,15 +404,15 @@ def open_sampler(name: str, policy, rows: list[dict], args) -> str:
 
 
 def check_rated(path: str) -> None:
-    """Raise UserError where --rated cannot be written, before anything large is loaded."""
+    """Raise UserError if --rated cannot be written, before anything large is loaded."""
     if path and (Path(path).exists() or not Path(path).parent.is_dir()):
         raise UserError(f"--rated {path}: it exists, or its folder does not: choose another")
 
 
 def weights_version(name: str) -> str:
-    """What tells a checkpoint from a later one in the same folder; of the hub's, its name.
+    """A text that differs between a checkpoint and a later one in the same folder.
 
-    It is a hash of its weight files' names, sizes and times.
+    It is a hash of the weight files' names, sizes and times; for a model of the hub, its name.
     """
     versions = []
     for path in sorted(Path(name).glob("*.safetensors")):
@@ -404,7 +421,7 @@ def weights_version(name: str) -> str:
 
 
 def flags_and_inputs(args, name: str, rows: list[dict]) -> dict:
-    """What args.json holds: all that an evaluation's numbers depend on."""
+    """What args.json holds: everything that an evaluation's numbers depend on."""
     free = {"out", "threads", "rated", "compare", "batch_prompts", "mini_batch_prompts"}
     flags = comparable(vars(args), free)
     flags["rows"] = hash_of(rows)[:12]
@@ -416,7 +433,8 @@ def flags_and_inputs(args, name: str, rows: list[dict]) -> dict:
 def open_folder(out: Path, flags: dict) -> list[dict]:
     """Make the folder, or enter that of a stopped evaluation with the same flags.
 
-    Returns its finished items: those that have an accuracy. Raises UserError.
+    Returns its finished items: those that have an accuracy. Raises UserError if the folder holds
+    something else.
     """
     if (out / "args.json").exists():
         changes = changed_flags(json.loads((out / "args.json").read_text()), flags)
@@ -433,7 +451,7 @@ def open_folder(out: Path, flags: dict) -> list[dict]:
     for item in read_jsonl(out / "items.jsonl"):
         if item["accuracy"] is not None:
             finished.append(item)
-    ranks.barrier()  # no rank makes what another still looks for
+    ranks.barrier()  # all ranks have looked at the folder before the first one writes
     if ranks.is_first():
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "args.json", json.dumps(flags, indent=1))
@@ -442,12 +460,13 @@ def open_folder(out: Path, flags: dict) -> list[dict]:
 
 
 def in_order_of(rows: list[dict], items: list[dict]) -> list[dict]:
+    """The items, in the order of the rows that have the same ids."""
     item_of = {item["id"]: item for item in items}
     return [item_of[row["id"]] for row in rows]
 
 
-def as_text(items: list[dict]) -> str:
-    """Two responses to each of the first five prompts of each group, for a person to read."""
+def samples_text(items: list[dict]) -> str:
+    """Text for a person: the first five prompts of each group, with two responses per prompt."""
     shown = collections.Counter()
     lines = []
     for item in items:
@@ -463,7 +482,7 @@ def as_text(items: list[dict]) -> str:
 
 
 def write_rated(path: Path, rows: list[dict], items: list[dict]) -> None:
-    """The rows with the accuracy found as "pass_rate"; without it where there is none."""
+    """Write the rows with their accuracy as "pass_rate". A row without accuracy has none."""
     rates = {item["id"]: item["accuracy"] for item in items if item["accuracy"] is not None}
     rated = []
     for row in rows:
@@ -479,14 +498,15 @@ def write_rated(path: Path, rows: list[dict], items: list[dict]) -> None:
 
 
 def standard_error(values) -> float | None:
-    """Of a mean; None for a single value, which tells nothing about its error."""
+    """The standard error of the values' mean; None for fewer than two values."""
     if len(values) < 2:
         return None
     return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def p_value(differences) -> float:
-    """Two-sided paired t-test: the chance of so large a mean difference if there were none."""
+    """p of a two-sided paired t-test (Student): the chance of so large a mean difference if the
+    true mean were 0. NaN if the error is 0 or unknown."""
     n = len(differences)
     error = standard_error(differences)
     if not error:
@@ -497,26 +517,31 @@ def p_value(differences) -> float:
 
 
 def pass_at(n: int, c: int, k: int) -> float:
-    """The chance that k of n responses, c of them right, hold a right one; k above n is n."""
+    """The chance that a right one is among k of n responses, c of which are right.
+
+    k above n counts as n. Chen et al. 2021, equation 1.
+    """
     k = min(k, n)
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def group_names(items: list[dict]) -> list[str]:
-    """Domains in DOMAINS' order, then benchmarks in the order in which they come."""
+    """The items' domains in DOMAINS' order, then their benchmarks in the order of the items."""
     names = list(dict.fromkeys(group_of(item) for item in items))
     domains = [name for name in DOMAINS if name in names]
     return domains + [name for name in names if name not in DOMAINS]
 
 
 def group_of(item: dict) -> str:
+    """The benchmark or the domain that an item counts for."""
     return item.get("group", item["domain"])
 
 
 def summarise(items: list[dict], k: int = 1 << 30) -> dict:
-    """{domain or benchmark: its scores}, and "mean": the mean over these of accuracy and error.
+    """{domain or benchmark: score_group()}, and "mean": {"accuracy", "error"} of their mean.
 
-    Groups of which no prompt could be scored are left out. k: of pass@k.
+    A group is left out if none of its prompts could be scored. k: that of pass@k; default: all
+    responses.
     """
     scores = {}
     for name in group_names(items):
@@ -535,17 +560,25 @@ def summarise(items: list[dict], k: int = 1 << 30) -> dict:
 
 
 def score_group(items: list[dict], k: int) -> dict:
-    """The scores of one domain or benchmark.
+    """The scores of one domain or benchmark, at least one of whose prompts could be scored.
 
-    accuracy (Avg@K), error (standard error over prompts), pass (pass@k), tokens (mean per
-    response), truncated and invalid (shares of the responses), verifier_errors (responses), prompts
+    accuracy            Avg@K
+    error               its standard error over prompts; None for one prompt
+    pass                pass@k
+    tokens              mean per response
+    truncated, invalid  shares of the responses
+    verifier_errors     number of responses whose verifier failed
+    prompts             number of prompts
     """
     scored = [item for item in items if item["accuracy"] is not None]
     accuracies = [item["accuracy"] for item in scored]
     passes = []
     for item in scored:
-        correct = [r["correct"] for r in item["responses"] if r["reward"] is not None]
-        passes.append(pass_at(len(correct), sum(correct), k))
+        is_correct = []
+        for response in item["responses"]:
+            if response["reward"] is not None:
+                is_correct.append(response["correct"])
+        passes.append(pass_at(len(is_correct), sum(is_correct), k))
     responses = [response for item in items for response in item["responses"]]
     return {
         "accuracy": float(np.mean(accuracies)),
@@ -560,12 +593,12 @@ def score_group(items: list[dict], k: int) -> dict:
 
 
 def with_error(value: float, error: float | None, sign: str = "") -> str:
-    """ "0.906 ± 0.066"; sign "+" writes the sign of positive values too."""
+    """Text such as "0.906 ± 0.066". sign: "+" shows the plus of a positive value."""
     return f"{value:{sign}.3f} ± " + ("–" if error is None else f"{error:.3f}")
 
 
 def table(scores: dict, k: int, pass_k: int) -> str:
-    """What the evaluation prints: one line per domain or benchmark."""
+    """What the evaluation prints: a row per domain or benchmark."""
     width = max(len(name) for name in ("domain", *scores))
     lines = [
         f"{'':<{width}}  Avg@{k:<3}         pass@{pass_k:<3}  tokens  truncated  invalid  "
@@ -586,58 +619,64 @@ def table(scores: dict, k: int, pass_k: int) -> str:
 
 
 def read_items(folder) -> list[dict]:
-    """The finished prompts of an evaluation; a last line cut by a kill is left out.
+    """The items of an evaluation, without a last line that a kill has cut.
 
     Raises UserError if there is no evaluation.
     """
     path = Path(folder) / "items.jsonl"
     if not path.exists():
         raise UserError(
-            f"{folder} holds no evaluation (items.jsonl): python eval.py --out {folder} makes one"
+            f"{folder} holds no evaluation (items.jsonl): python eval.py --out {folder} … makes one"
         )
     return read_jsonl(path)
 
 
 def same_prompts(folders: list[str]) -> tuple[dict[str, dict], set[str]]:
-    """({folder: {prompt's id: accuracy}}, ids of the prompts that all of them could score).
+    """({folder: {prompt's id: accuracy}}, ids of the prompts that have an accuracy in all folders).
 
-    Raises UserError for unfinished evaluations, other prompts, or folders that are named twice.
+    Raises UserError for an unfinished evaluation, for different prompts, and for a folder that is
+    named twice.
     """
-    prompts, accuracy = {}, {}
+    prompts = {}
+    accuracy = {}
     for folder in folders:
         items = read_items(folder)
         check_finished(folder, items)
         prompts[folder] = {item["id"]: item["prompt"] for item in items}
         accuracy[folder] = {item["id"]: item["accuracy"] for item in items}
-    first = prompts[folders[0]]
-    if len(prompts) < len(folders) or any(other != first for other in prompts.values()):
+    first_prompts = prompts[folders[0]]
+    same = all(other == first_prompts for other in prompts.values())
+    if len(prompts) < len(folders) or not same:
         counts = [len(prompts_of_folder) for prompts_of_folder in prompts.values()]
         raise UserError(
             "these evaluations are not of the same prompts, or one is named twice: "
             f"{' '.join(folders)} ({counts} prompts)"
         )
     scored = set()
-    for prompt_id in first:
+    for prompt_id in first_prompts:
         if all(accuracy[folder][prompt_id] is not None for folder in folders):
             scored.add(prompt_id)
     return accuracy, scored
 
 
 def check_finished(folder: str, items: list[dict]) -> None:
-    """Raise UserError where an evaluation has fewer items than prompts."""
-    args = Path(folder) / "args.json"
-    prompts = json.loads(args.read_text()).get("prompts", 0) if args.exists() else 0
+    """Raise UserError if an evaluation has fewer items than prompts."""
+    args_file = Path(folder) / "args.json"
+    if not args_file.exists():
+        return
+    prompts = json.loads(args_file.read_text()).get("prompts", 0)
     if len(items) < prompts:
         raise UserError(
-            f"{folder} is not finished: {len(items)} of {prompts} prompts; its own command goes on"
+            f"{folder} is not finished: {len(items)} of {prompts} prompts; the command that began "
+            "it goes on"
         )
 
 
 def compare(folders: list[str]) -> str:
     """A markdown table with one column per model; the highest value of a row is bold.
 
-    Below it, for each further model: the mean difference from the first over the same prompts, its
-    standard error, and the p of a paired t-test.
+    Below it, for each further model: the mean difference from the first one over the same prompts,
+    its standard error, and the p of a paired t-test. Raises UserError as same_prompts() does.
     """
     accuracy, scored_ids = same_prompts(folders)
     scores_of_models = []
@@ -648,18 +687,19 @@ def compare(folders: list[str]) -> str:
 
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for group in scores_of_models[0]:
-        values = [scores[group] for scores in scores_of_models]
-        best = max(round(value["accuracy"], 3) for value in values)
+        group_scores = [scores[group] for scores in scores_of_models]
+        # compared as they are shown: with three digits
+        best = max(round(values["accuracy"], 3) for values in group_scores)
         cells = []
-        for value in values:
-            cell = with_error(value["accuracy"], value["error"])
-            is_best = round(value["accuracy"], 3) == best
+        for values in group_scores:
+            cell = with_error(values["accuracy"], values["error"])
+            is_best = round(values["accuracy"], 3) == best
             cells.append(f"**{cell}**" if is_best else cell)
         lines.append(f"| {group} | " + " | ".join(cells) + " |")
 
-    first = accuracy[folders[0]]
+    first_accuracy = accuracy[folders[0]]
     for name, folder in zip(names[1:], folders[1:]):
-        differences = [accuracy[folder][i] - first[i] for i in scored_ids]
+        differences = [accuracy[folder][i] - first_accuracy[i] for i in scored_ids]
         p = f"{p_value(differences):.2g}".replace("nan", "–")
         mean = with_error(np.mean(differences), standard_error(differences), "+")
         lines.append(f"\n{name} − {names[0]}, over all {len(scored_ids)} prompts: {mean} (p {p})")

@@ -6,32 +6,31 @@ losses alone, with O(1) memory and one backward pass:
     L        = Σ_k q_k L_GRPO,k
     L_GRPO,k = −1/B_k Σ_i 1/|y_i| Σ_t [ w_it min(ρ_it A_i, clip(ρ_it) A_i) − β KL_it ]
                                              GRPO's loss (grpo.py) on the B_k rows of domain k alone
-    q_k      = (z_k/ℓ_k) / Σ_j z_j/ℓ_j        ∇ Σ_k z_k log ℓ_k / c = Σ_k q_k ∇ℓ_k, c = Σ z_k/ℓ_k
+    q_k      = (z_k/ℓ_k) / Σ_j z_j/ℓ_j       ∇ Σ_k z_k log ℓ_k / c = Σ_k q_k ∇ℓ_k, c = Σ z_k/ℓ_k
     z        = softmax(v)                    one logit v_k per domain; c is detached
-    v step   : Adam along J_softmax(z)ᵀ (log ℓ_prev − log ℓ_now)
-                                             a domain that improves fast loses weight
+    v step   : Adam, with weight decay γ, descends J_softmax(z)ᵀ (log ℓ_prev − log ℓ_now)
+                                             the z of a domain that improves fast falls
 
-A, ρ, KL and w are those of grpo.py.
+A, ρ, KL and w are those of grpo.py. ℓ must be positive, and GRPO's loss is not. Our reading, choice
+by choice:
 
-ℓ must be positive, and GRPO's loss is not. Our reading, choice by choice:
-
-- Loss: ℓ_k = R_max − R̄_k, where R̄_k is the domain's mean reward in the mini-batch (it ascends along
-  −∇L_GRPO,k) and R_max = --reward-max lies above the largest reward.
+- Loss: ℓ_k is a moving mean over mini-batches (--famo-smooth) of R_max − R̄_k. R̄_k is the domain's
+  mean reward in the mini-batch, which rises along −∇L_GRPO,k, and R_max = --reward-max lies above
+  the largest reward.
 - v step: FAMO compares ℓ before and after a step on the same batch, which would take new rollouts.
   Here ℓ is compared from rollout to rollout, at the first mini-batch of each (those after it were
-  sampled by the same policy), as a moving mean over mini-batches (--famo-smooth), because their
-  prompts differ.
+  sampled by the same policy), before this mini-batch's q is computed. Their prompts differ, hence
+  the moving mean.
 - Absent: a domain without a row in the mini-batch keeps its ℓ, its logit and Adam's moments, and
   z runs over the other domains.
 
-One domain alone has q = 1: GRPO.
+One domain alone has q = 1: GRPO. This file differs from grpo.py in its state, `policy_loss` and
+`update`.
 
     python famo.py                                          # the toy, ~2 minutes on 2 cores
     python famo.py --model Qwen2.5-7B-Instruct --data train.jsonl --judge-url http://localhost:8000
 
-Suffixes give a tensor's shape, or a list's length: P prompts, G group size, B sequences (P·G),
-T tokens (of prompt and response), V vocabulary, H hidden, K domains, 1 a dimension of size 1. N is
-the response tokens of several sequences, one after the other.
+Suffixes and the batch's columns: see grpo.py.
 """
 
 # ---------------- SHARED: imports ----------------
@@ -45,7 +44,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import data
 import rewards
@@ -69,6 +68,7 @@ ALGORITHM = Path(__file__).stem
 #   sampler_logp             [B, T]  log π_sampler of each token, 0 outside the mask
 #   old_logp, ref_logp       [B, T]  log π_old and log π_ref, likewise
 #   advantage, importance    [B, T]  A and w of the header
+#   old_h                    [B, 1, H]  for mcpo.py
 Batch = dict[str, torch.Tensor]
 
 
@@ -115,8 +115,10 @@ def parse_args(argv: list[str] | None = None):
         default=0.001,
         help="weight of the KL to the frozen start model; with 0 that model is not kept",
     )
-    add("--clip-low", type=float, default=0.2, help="ε_low of the clipped ratio")
-    add("--clip-high", type=float, default=0.28, help="ε_high of the clipped ratio")
+    add("--clip-low", type=cli.non_negative_float, default=0.2, help="ε_low of the clipped ratio")
+    add(
+        "--clip-high", type=cli.non_negative_float, default=0.28, help="ε_high of the clipped ratio"
+    )
     add(
         "--loss-norm",
         choices=["sequence", "token", "constant"],
@@ -300,7 +302,7 @@ def init_state(args, policy) -> dict:
     """By domain's name: the logits, with their Adam; the smoothed ℓ, now and at the last v step."""
     logits = torch.nn.ParameterDict({domain: torch.zeros(()) for domain in DOMAINS})
     adam = torch.optim.Adam(logits.values(), args.famo_lr, weight_decay=args.famo_decay)
-    return {"logits": logits, "logits_optimizer": adam, "loss": {}, "compared": {}}
+    return {"logits": logits, "logits_optimizer": adam, "loss": {}, "loss_at_step": {}}
 
 
 # ---------------- ALGO: advantages ----------------
@@ -321,10 +323,11 @@ def advantages(batch: Batch, state: dict, args) -> torch.Tensor:
 
 # ---------------- ALGO: loss ----------------
 def policy_loss(logp_BT, micro: Batch, args):
-    """(loss_BT, {statistic: [B, T]}): GRPO's, times the weight of the row's domain."""
+    """(loss_BT, {statistic: [B, T]}): GRPO's, times the scale of the row's domain."""
     advantage_BT, importance_BT = micro["advantage"], micro["importance"]
     ratio_BT = torch.exp(logp_BT - micro["old_logp"])
     clipped_BT = ratio_BT.clamp(1 - args.clip_low, 1 + args.clip_high)
+    # min: the clip stops only moves that raise the objective; taking back a bad move stays free
     surrogate_BT = torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
     is_clipped_BT = (surrogate_BT < ratio_BT * advantage_BT) & (importance_BT > 0)
     loss_BT = -importance_BT * surrogate_BT
@@ -418,7 +421,8 @@ def update(policy, optimizer, batch: Batch, lr: float, key: tuple, state: dict, 
 
     key: (seed, step, mini-batch).
     """
-    # What the domains have on all ranks: rows, their rewards, and their share of the loss's mean.
+    # What each domain has on all ranks: rows, the sum of their rewards, and their size, which is
+    # what GRPO's loss divides by (rows, or tokens with --loss-norm token).
     rows_in_K = [batch["domain"] == k for k in range(len(DOMAINS))]
     size_B = torch.ones(len(batch["mask"])).double()
     if args.loss_norm == "token":
@@ -426,7 +430,7 @@ def update(policy, optimizer, batch: Batch, lr: float, key: tuple, state: dict, 
     sums = []
     for row_B in rows_in_K:
         sums += [row_B.sum(), batch["reward"][row_B].sum(), size_B[row_B].sum()]
-    sums = ranks.reduce(sums)
+    sums = ranks.reduce(sums)  # rows, reward, size of the first domain, of the second, …
     rows_K, reward_K, size_K = sums[::3], sums[1::3], sums[2::3]
 
     present = [k for k, rows in enumerate(rows_K) if rows]
@@ -446,10 +450,10 @@ def update(policy, optimizer, batch: Batch, lr: float, key: tuple, state: dict, 
 def domain_weights(
     loss: dict[str, float], first_of_rollout: bool, state: dict, args
 ) -> dict[str, float]:
-    """{domain: q_k} of the header. first_of_rollout: is it its rollout's first mini-batch? Then the
-    logits step before.
+    """{domain: q_k} of the header.
 
-    loss: this mini-batch's ℓ by domain.
+    loss: this mini-batch's R_max − R̄ by domain. first_of_rollout: is it its rollout's first
+    mini-batch? Then the logits step before.
     """
     keep = args.famo_smooth  # share of the old ℓ
     smooth = {}
@@ -460,17 +464,17 @@ def domain_weights(
     if first_of_rollout:
         falls = []
         for domain, value in smooth.items():
-            falls.append(np.log(state["compared"].get(domain, value) / value))
+            falls.append(np.log(state["loss_at_step"].get(domain, value) / value))
         z_K = torch.softmax(torch.stack(logits), 0)
         fall_K = torch.tensor(falls).to(z_K)  # log ℓ_prev − log ℓ_now
         (z_K @ fall_K).backward()  # J_softmax(z)ᵀ (log ℓ_prev − log ℓ_now)
         state["logits_optimizer"].step()
         state["logits_optimizer"].zero_grad(set_to_none=True)
-        state["compared"] |= smooth
+        state["loss_at_step"] |= smooth
     with torch.no_grad():
         z_K = torch.softmax(torch.stack(logits).double(), 0)
-    pull_K = (z_K / torch.tensor(list(smooth.values()))).numpy()
-    return dict(zip(smooth, (pull_K / pull_K.sum()).tolist()))
+    q_K = (z_K / torch.tensor(list(smooth.values()))).numpy()
+    return dict(zip(smooth, (q_K / q_K.sum()).tolist()))
 
 
 # ---------------- SHARED: rollout ----------------
@@ -687,7 +691,9 @@ class Policy(torch.nn.Module):
         values = []  # for each chunk, the tuple that the head gives
         for hidden, targets in zip(hidden_NH.split(chunk), target_N.split(chunk)):
             if recompute:
-                values.append(checkpoint(head, hidden, targets, temperature, use_reentrant=False))
+                values.append(
+                    recompute_in_backward(head, hidden, targets, temperature, use_reentrant=False)
+                )
             else:
                 values.append(head(hidden, targets, temperature))
 

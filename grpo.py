@@ -1,8 +1,8 @@
 """GRPO: group relative policy optimization (Shao et al. 2024), as the CGPO paper uses it.
 
-For a prompt x, the policy as it is at the start of a step (π_old) samples G responses. Each
-response y_i gets a reward r_i. The policy π_θ that is trained then minimizes (CGPO paper, Eq. 1,
-sections 2 and 4.1)
+For a prompt x, the policy as it is at the start of a step (π_old) samples G responses, through an
+engine whose numbers may differ a little (π_sampler). Each response y_i gets a reward r_i. The
+policy π_θ that is trained then minimizes (CGPO paper, Eq. 1, sections 2 and 4.1)
 
     L     = −1/B Σ_i 1/|y_i| Σ_t [ w_it min(ρ_it A_i, clip(ρ_it) A_i) − β KL_it ]
     A_i   = (r_i − mean r) / (std r + 1e-6)           mean and (n − 1) std over the prompt's group
@@ -10,12 +10,13 @@ sections 2 and 4.1)
     KL_it = π_ref/π_θ − log(π_ref/π_θ) − 1            π_ref: the frozen start model
     w_it  = π_old/π_sampler, 0 outside [0.5, 2]       importance weight (--is-correction)
 
-over the B responses i of a mini-batch and their tokens t. The ratio ρ is per token, as in the CGPO
-authors' code (their Eq. 1 writes a sequence ratio). It is 1 until a step's first update, so the
-clip acts from the step's second mini-batch on. KL_it is the estimate of KL(π_θ ‖ π_ref) known as
-k3: unbiased and never negative. w corrects for an engine that computes π_old a little differently
-(vLLM in bfloat16); with --engine hf it is 1. Compared with PPO there is no value network, no GAE
-and no trained reward model.
+by AdamW on the clipped gradient. i runs over the B responses of a mini-batch that have a reward, t
+over their tokens; π is taken at --temperature. The ratio ρ is per token, as in the CGPO authors'
+code (their Eq. 1 writes a sequence ratio). It is 1 until a step's first update, so the clip acts
+from the step's second mini-batch on. (The toy has one mini-batch per step, so its gradient is that
+of A log π_θ.) KL_it is the estimate of KL(π_θ ‖ π_ref) known as k3, which is never negative. w as
+written is for vLLM; with --engine hf, which samples from π_old itself, it is 1. Compared with PPO
+there is no value network, no GAE and no trained reward model.
 
 Several domains in --data (or --domains): joint, or mixed, multi-task RL. One domain: an expert.
 Every other algorithm file is this one with other ALGO sections: read the `diff`. What a SHARED
@@ -24,9 +25,11 @@ section holds for the sake of one such file says so: "for opd.py".
     python grpo.py                                          # the toy, ~2 minutes on 2 cores
     python grpo.py --model Qwen2.5-7B-Instruct --data train.jsonl --judge-url http://localhost:8000
 
-Suffixes give a tensor's shape, or a list's length: P prompts, G group size, B sequences (P·G),
-T tokens (of prompt and response), V vocabulary, H hidden, K domains, 1 a dimension of size 1. N is
-the response tokens of several sequences, one after the other.
+Suffixes give a tensor's shape, or a list's length: P prompts, G group size, B sequences (of a step,
+a mini-batch, a micro-batch or a rank's share of one), T tokens (of prompt and response), V
+vocabulary, H hidden, K domains, 1 a dimension of size 1. N is the response tokens of several
+sequences, one after the other. With one process ranks.reduce returns what it gets, and ranks.gather
+a list of it: read past them at first.
 """
 
 # ---------------- SHARED: imports ----------------
@@ -40,7 +43,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import data
 import rewards
@@ -64,6 +67,7 @@ ALGORITHM = Path(__file__).stem
 #   sampler_logp             [B, T]  log π_sampler of each token, 0 outside the mask
 #   old_logp, ref_logp       [B, T]  log π_old and log π_ref, likewise
 #   advantage, importance    [B, T]  A and w of the header
+#   old_h                    [B, 1, H]  for mcpo.py
 Batch = dict[str, torch.Tensor]
 
 
@@ -110,8 +114,10 @@ def parse_args(argv: list[str] | None = None):
         default=0.001,
         help="weight of the KL to the frozen start model; with 0 that model is not kept",
     )
-    add("--clip-low", type=float, default=0.2, help="ε_low of the clipped ratio")
-    add("--clip-high", type=float, default=0.28, help="ε_high of the clipped ratio")
+    add("--clip-low", type=cli.non_negative_float, default=0.2, help="ε_low of the clipped ratio")
+    add(
+        "--clip-high", type=cli.non_negative_float, default=0.28, help="ε_high of the clipped ratio"
+    )
     add(
         "--loss-norm",
         choices=["sequence", "token", "constant"],
@@ -293,6 +299,7 @@ def policy_loss(logp_BT, micro: Batch, args):
     advantage_BT, importance_BT = micro["advantage"], micro["importance"]
     ratio_BT = torch.exp(logp_BT - micro["old_logp"])
     clipped_BT = ratio_BT.clamp(1 - args.clip_low, 1 + args.clip_high)
+    # min: the clip stops only moves that raise the objective; taking back a bad move stays free
     surrogate_BT = torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
     is_clipped_BT = (surrogate_BT < ratio_BT * advantage_BT) & (importance_BT > 0)
     loss_BT = -importance_BT * surrogate_BT
@@ -604,7 +611,9 @@ class Policy(torch.nn.Module):
         values = []  # for each chunk, the tuple that the head gives
         for hidden, targets in zip(hidden_NH.split(chunk), target_N.split(chunk)):
             if recompute:
-                values.append(checkpoint(head, hidden, targets, temperature, use_reentrant=False))
+                values.append(
+                    recompute_in_backward(head, hidden, targets, temperature, use_reentrant=False)
+                )
             else:
                 values.append(head(hidden, targets, temperature))
 

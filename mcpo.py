@@ -5,7 +5,7 @@ each, and push incorrect ones away:
 
     L       = L_GRPO + λ_cross L_cross + λ_in L_in
     L_GRPO  = −1/B Σ_i 1/|y_i| Σ_t [ w_it min(ρ_it A_i, clip(ρ_it) A_i) − β KL_it ]
-    L_cross = mean over anchors i and positives j of
+    L_cross = mean over all pairs of an anchor i and a positive j of
               −log( e^(z_i·z_j/τ) / (e^(z_i·z_j/τ) + Σ_n e^(z_i·z_n/τ)) )      n: the negatives
     L_in    = the same over other positives            A, ρ, KL and w are those of grpo.py
 
@@ -15,25 +15,26 @@ by assumption:
 - Representation: h_i is the mean of the last hidden layer over the response's tokens, and
   z_i = MLP(h_i), scaled to length 1 (the "lightweight head", H → 256 → 128). The head is trained
   beside the policy, by its own AdamW and its own clip, and is not exported.
-- Anchors: the correct rollouts of the mini-batch, on all ranks.
+- Anchors: the correct rollouts (by their checker's verdict; a tie is not correct) of the
+  mini-batch, on all ranks.
 - L_cross, transfer: of the other domains' correct rollouts, the --top-k nearest to the anchor by
   the cosine of h (a constant here, not differentiated) are its positives.
-- L_in, consolidation: the positives are all correct rollouts of the anchor's domain.
+- L_in, consolidation: the positives are all other correct rollouts of the anchor's domain.
 - Pool: the negatives are incorrect rollouts, first those of the anchor's prompt, then those of the
   prompts that follow it in the mini-batch (round and round), --pool-size at most. An anchor
   without a positive or without a negative counts for nothing.
 
 The policy's micro-batches cannot hold the pool. So the h come from a pass without gradient (for
 a step's first mini-batch the one that gave π_old), the pool's loss gives ∂L/∂h_i, and each row's
-backward pass adds ⟨h_i, ∂L/∂h_i⟩: exact, for any micro-batch and number of ranks.
+backward pass adds ⟨h_i, ∂L/∂h_i⟩: exact, for any micro-batch and number of ranks. The logged `loss`
+is L_GRPO alone. This file differs from grpo.py in its state, `policy_loss`, `moves_the_policy` and
+`update`. The defaults of its flags are our guesses.
 
     python mcpo.py                                          # the toy, ~2 minutes on 2 cores
     python mcpo.py --model Qwen2.5-7B-Instruct --data train.jsonl --judge-url http://localhost:8000
 
-Suffixes give a tensor's shape, or a list's length: P prompts, G group size, B sequences (P·G),
-T tokens (of prompt and response), V vocabulary, H hidden, K domains, 1 a dimension of size 1. N is
-the response tokens of several sequences, one after the other.
-In the pool: A anchors, W wrong rollouts, N negatives of an anchor, D the head's width.
+Suffixes and the batch's columns: see grpo.py. In the pool: A anchors, W wrong rollouts, N negatives
+of an anchor, D the head's width.
 """
 
 # ---------------- SHARED: imports ----------------
@@ -47,7 +48,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import data
 import rewards
@@ -71,6 +72,7 @@ ALGORITHM = Path(__file__).stem
 #   sampler_logp             [B, T]  log π_sampler of each token, 0 outside the mask
 #   old_logp, ref_logp       [B, T]  log π_old and log π_ref, likewise
 #   advantage, importance    [B, T]  A and w of the header
+#   old_h                    [B, 1, H]  for mcpo.py
 Batch = dict[str, torch.Tensor]
 
 
@@ -117,8 +119,10 @@ def parse_args(argv: list[str] | None = None):
         default=0.001,
         help="weight of the KL to the frozen start model; with 0 that model is not kept",
     )
-    add("--clip-low", type=float, default=0.2, help="ε_low of the clipped ratio")
-    add("--clip-high", type=float, default=0.28, help="ε_high of the clipped ratio")
+    add("--clip-low", type=cli.non_negative_float, default=0.2, help="ε_low of the clipped ratio")
+    add(
+        "--clip-high", type=cli.non_negative_float, default=0.28, help="ε_high of the clipped ratio"
+    )
     add(
         "--loss-norm",
         choices=["sequence", "token", "constant"],
@@ -343,12 +347,14 @@ def policy_loss(logp_BT, micro: Batch, args):
     advantage_BT, importance_BT = micro["advantage"], micro["importance"]
     ratio_BT = torch.exp(logp_BT - micro["old_logp"])
     clipped_BT = ratio_BT.clamp(1 - args.clip_low, 1 + args.clip_high)
+    # min: the clip stops only moves that raise the objective; taking back a bad move stays free
     surrogate_BT = torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
     is_clipped_BT = (surrogate_BT < ratio_BT * advantage_BT) & (importance_BT > 0)
     loss_BT = -importance_BT * surrogate_BT
     if "h_gradient" in micro:
         h_BH = micro["mean_h"] - micro["mean_h"].detach()
-        row_weight_B = micro["weight"].sum(1)  # backward() weights the tokens: undo that
+        # backward() sums weight · loss over a row's tokens: a row's constant is divided by Σ weight
+        row_weight_B = micro["weight"].sum(1)
         contrast_B = (h_BH * micro["h_gradient"][:, 0]).sum(1) / row_weight_B
         loss_BT = loss_BT + contrast_B[:, None]
     if args.beta:
@@ -379,18 +385,18 @@ def contrast(head, h_BH, correct_B, domain_B, group_B, args):
     """
     anchor_A, wrong_W = correct_B.nonzero()[:, 0], (~correct_B).nonzero()[:, 0]
     positive_pairs = find_positives(h_BH[anchor_A], domain_B[anchor_A], args)
-    pool_AN = find_negatives(group_B, anchor_A, wrong_W, args)  # indices into wrong_W
+    negative_AN = find_negatives(group_B, anchor_A, wrong_W, args)  # indices into wrong_W
 
     z_BD = torch.nn.functional.normalize(head(h_BH), dim=1)
     cosine_AA = z_BD[anchor_A] @ z_BD[anchor_A].T
-    cosine_AN = (z_BD[anchor_A] @ z_BD[wrong_W].T).gather(1, pool_AN)
+    cosine_AN = (z_BD[anchor_A] @ z_BD[wrong_W].T).gather(1, negative_AN)
     # −log(e^a / (e^a + Σ e^n)) = softplus(log Σ e^n − a)
     negatives_A = (cosine_AN / args.tau).logsumexp(1)
     loss_AA = torch.nn.functional.softplus(negatives_A[:, None] - cosine_AA / args.tau)
 
-    same_domain_AN = domain_B[wrong_W][pool_AN] == domain_B[anchor_A, None]
+    same_domain_AN = domain_B[wrong_W][negative_AN] == domain_B[anchor_A, None]
     total, metrics = 0.0, {}
-    for name, weight, in_term_AN in (
+    for name, weight, same_term_AN in (
         ("cross", args.lambda_cross, ~same_domain_AN),
         ("in", args.lambda_in, same_domain_AN),
     ):
@@ -403,7 +409,7 @@ def contrast(head, h_BH, correct_B, domain_B, group_B, args):
             "loss": loss,
             "anchors": pairs_AA.any(1).double().mean(),
             "positive": cosine_AA[pairs_AA].mean(),
-            "negative": cosine_AN[in_term_AN].mean(),
+            "negative": cosine_AN[same_term_AN].mean(),
         }
         for metric, value in values.items():
             if not value.isnan():
@@ -424,8 +430,9 @@ def find_positives(h_AH, domain_A, args) -> dict[str, torch.Tensor]:
 
 def find_negatives(group_B, anchor_A, wrong_W, args) -> torch.Tensor:
     """[A, N]: indices into wrong_W of each anchor's negatives, its own prompt's first."""
-    prompts = int(group_B.max()) + 1
-    prompts_ahead_AW = (group_B[wrong_W] - group_B[anchor_A, None]) % prompts
+    # The prompts after the anchor's come first, then, round and round, those before it.
+    modulus = int(group_B.max()) + 1
+    prompts_ahead_AW = (group_B[wrong_W] - group_B[anchor_A, None]) % modulus
     return prompts_ahead_AW.argsort(dim=1, stable=True)[:, : args.pool_size]
 
 
@@ -518,8 +525,8 @@ def pool_gradient(policy, batch: Batch, key: tuple, state: dict, args):
     h_B1H = batch["old_h"]
     if key[2]:  # an earlier mini-batch has moved the policy since old_h
         _, _, h_B1H = log_probs(policy, batch, args)
-    parts = ranks.gather((h_B1H, batch["correct"], batch["domain"], batch["group"]))
-    columns = [torch.cat(column).to(policy.device) for column in zip(*parts)]
+    of_ranks = ranks.gather((h_B1H, batch["correct"], batch["domain"], batch["group"]))
+    columns = [torch.cat(column).to(policy.device) for column in zip(*of_ranks)]
     h_B1H, correct_B, domain_B, group_B = columns
     h_B1H.requires_grad_()
 
@@ -529,7 +536,7 @@ def pool_gradient(policy, batch: Batch, key: tuple, state: dict, args):
     torch.nn.utils.clip_grad_norm_(head.parameters(), args.max_grad_norm or float("inf"))
     head_optimizer.step()
     head_optimizer.zero_grad(set_to_none=True)
-    rows_of_ranks = [len(part[0]) for part in parts]
+    rows_of_ranks = [len(h) for h, _, _, _ in of_ranks]
     return h_B1H.grad.cpu().split(rows_of_ranks)[ranks.rank()], metrics
 
 
@@ -747,7 +754,9 @@ class Policy(torch.nn.Module):
         values = []  # for each chunk, the tuple that the head gives
         for hidden, targets in zip(hidden_NH.split(chunk), target_N.split(chunk)):
             if recompute:
-                values.append(checkpoint(head, hidden, targets, temperature, use_reentrant=False))
+                values.append(
+                    recompute_in_backward(head, hidden, targets, temperature, use_reentrant=False)
+                )
             else:
                 values.append(head(hidden, targets, temperature))
 

@@ -1,31 +1,32 @@
 """Merge experts that were trained from one base: average, task arithmetic, TIES, SCE, and DARE.
 
 θ_0 is the base (in M2RL the SFT model), θ_i are the experts, τ_i = θ_i − θ_0 their task vectors,
-w_i the --weights (1 unless given).
+w_i the --weights (default: 1 each).
 
     average   Σ w_i θ_i / Σ w_i                                         (Wortsman et al. 2022)
     ta        θ_0 + λ Σ w_i τ_i             task arithmetic (Ilharco et al. 2022), λ = 1 in M2RL
     ties      θ_0 + λ Σ w_i m_i τ̂_i / Σ w_i m_i                         (Yadav et al. 2023)
-              trim: τ̂_i keeps the --density largest |τ_i| of the whole model and is 0 elsewhere. It
-                    keeps all non-zeros where they are fewer, and all that equal the threshold.
+              trim: τ̂_i keeps the share --density of the whole model's τ_i, those with the largest
+                    |τ_i|, and is 0 elsewhere. It keeps all that equal the smallest kept one. If
+                    fewer are not 0, it keeps all of those.
               elect: the sign of Σ w_i τ̂_i.
               m_i = 1 where τ̂_i has the elected sign.
     sce       θ_0 + λ Σ w_i m_i τ_i / Σ w_i m_i, tensor by tensor       (Wan et al. 2025)
-              select: only the --density positions with the largest variance over the experts
-                      (1: all of them, as in M2RL's script).
+              select: only the share --density of the positions, those with the largest variance
+                      over the experts (1: all of them, as in M2RL's script).
               calculate: w_i = mean τ_i² / Σ_j mean τ_j².
               erase: m_i = 1 where τ_i ≠ 0 has the sign of Σ τ_i; a sum of 0 counts as +.
-    --dare P  each entry of τ_i is 0 with probability P, else divided by 1 − P, before ta or ties
-              (Yu et al. 2024)
+    --dare P  before ta or ties: each entry of τ_i becomes 0 with probability P, and is divided by
+              1 − P otherwise (Yu et al. 2024)
 
-Where no expert has the elected sign the base stays. All is computed in fp32 and rounded once, when
-it is written.
+The base's value stays where no expert has the elected sign. Everything is computed in fp32 and
+rounded once, when it is written.
 
     python merge.py --base toy --experts runs/math runs/code --method ties --out merged
 
-A folder may have any number of safetensors files. They are read in pieces and written in the same
-order, so memory does not grow with the model: TIES's exact threshold comes from two counting passes
-over the bits of |τ_i|, not from a sort.
+A model's folder may have any number of safetensors files. They are read in pieces, and the pieces
+are written in the same order, so memory does not grow with the model. For the same reason TIES's
+exact threshold comes from two counting passes over the bits of |τ_i|, not from a sort.
 
 Suffixes: K experts, M models (the base, then the experts), N elements of a piece.
 """
@@ -50,7 +51,7 @@ from sources.models import resolve_model
 
 PIECE = 2**20  # elements of a tensor that are in memory at once, per model
 SHARD_BYTES = 4 << 30  # a larger model is written into several files
-DTYPES = {
+DTYPES = {  # safetensors' code: torch's type
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -63,7 +64,9 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+# The files that hold a tokenizer's vocabulary, in the order in which transformers prefers them.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# What a model's folder has besides weights (glob patterns); --out gets the base's.
 COPIED_FILES = (
     "config.json",
     "generation_config.json",
@@ -81,17 +84,18 @@ COPIED_FILES = (
 
 
 class Place(NamedTuple):
-    """Where a tensor's elements begin: an open file and a byte offset in it."""
+    """Where a tensor's elements begin: an open file, and an offset in it in bytes."""
 
     file: object
     offset: int
 
 
 class Checkpoint:
-    """The tensors of a model's folder, known by the headers of its safetensors files.
+    """The tensors of a model's folder. Only the headers of its safetensors files are read at first.
 
-    dtype, shape and place are dicts by the tensor's name. read() brings elements of one. A tensor
-    that only repeats another one is left out. Raises UserError.
+    dtype, shape and place are dicts by the tensor's name. read() reads elements of a tensor. A
+    tensor that only repeats another one is left out. Raises UserError if there is no such model, or
+    if its files are not whole safetensors files.
     """
 
     def __init__(self, name: str):
@@ -105,6 +109,7 @@ class Checkpoint:
             del self.dtype[tensor], self.shape[tensor], self.place[tensor]
 
     def add_file(self, path: Path) -> None:
+        """Add the tensors of one safetensors file. Raises UserError."""
         if not path.exists():
             raise UserError(
                 f"{path} is missing: merge.py reads Hugging Face folders with safetensors files"
@@ -122,23 +127,26 @@ class Checkpoint:
             self.place[tensor] = Place(file, data_start + entry["data_offsets"][0])
 
     def size(self, tensor: str) -> int:
-        """The number of elements."""
+        """A tensor's number of elements."""
         return int(np.prod(self.shape[tensor]))
 
     def read(self, tensor: str, start: int, stop: int):
-        """Elements start … stop of a tensor, flat, in the type that the file has."""
+        """[stop − start]: a tensor's elements start … stop − 1, in the file's type."""
         file, offset = self.place[tensor]
         dtype = self.dtype[tensor]
         buffer = torch.empty((stop - start) * dtype.itemsize, dtype=torch.uint8)
         file.seek(offset + start * dtype.itemsize)
-        left = memoryview(buffer.numpy())
-        while len(left):  # the system may answer a large read in parts
-            left = left[file.readinto(left) :]
+        unread = memoryview(buffer.numpy())
+        while len(unread):  # the system may return less than was asked for
+            unread = unread[file.readinto(unread) :]
         return buffer.view(dtype)
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The files of a model's weights. One file goes before an index, as in transformers."""
+    """The files of a model's weights. A single file goes before an index, as in transformers.
+
+    Raises UserError for a broken index.
+    """
     single = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
     if single.exists() or not index.exists():
@@ -151,10 +159,10 @@ def safetensors_files(folder: Path) -> list[Path]:
 
 
 def read_header(path: Path, file) -> tuple[dict, int]:
-    """({tensor: {"dtype", "shape", "data_offsets"}}, where the data start in bytes) of a file.
+    """({tensor: {"dtype", "shape", "data_offsets"}}, first tensor's offset in bytes) of a file.
 
-    A safetensors file is the header's length in 8 bytes, the header in JSON, the tensors' bytes.
-    Raises UserError for a file that does not end where its last tensor does.
+    A safetensors file has the header's length in 8 bytes, the header in JSON, and the tensors'
+    bytes. Raises UserError for a file that does not end where its last tensor does.
     """
     file_bytes = path.stat().st_size
     header_bytes = int.from_bytes(file.read(8), "little")
@@ -163,16 +171,19 @@ def read_header(path: Path, file) -> tuple[dict, int]:
         header = json.loads(file.read(header_bytes)) if header_bytes < file_bytes else {}
         header.pop("__metadata__", None)
         data_bytes = max((entry["data_offsets"][1] for entry in header.values()), default=-1)
-        is_whole = data_bytes == file_bytes - data_start
+        is_complete = data_bytes == file_bytes - data_start
     except (ValueError, KeyError, TypeError, AttributeError):
-        is_whole = False
-    if not is_whole:
+        is_complete = False
+    if not is_complete:
         raise UserError(f"{path} is cut off, or no safetensors file")
     return header, data_start
 
 
 def repeated_tensors(folder: Path) -> set[str]:
-    """Names of tensors that only repeat another one: an output head tied to the embedding."""
+    """Names of tensors that only repeat another one: an output head tied to the embedding.
+
+    Raises UserError for a model that is no causal language model.
+    """
     config = from_pretrained(AutoConfig, str(folder))
     if not getattr(config, "tie_word_embeddings", False):
         return set()
@@ -182,15 +193,15 @@ def repeated_tensors(folder: Path) -> set[str]:
     except ValueError as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"{folder}: {reason}: merge.py knows causal language models") from None
-    every_name = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return every_name - {name for name, _ in model.named_parameters()}
+    all_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return all_names - {name for name, _ in model.named_parameters()}
 
 
 # ---------------- checks, before anything is written ----------------
 
 
 def check_out(out: Path, models: list[Checkpoint]) -> None:
-    """--out is no model's folder, and nobody's. Raises UserError."""
+    """Raise UserError unless --out is a new or an empty folder, and none of the models'."""
     if out.resolve() in [model.folder.resolve() for model in models]:
         raise UserError(f"--out {out} is one of the models to merge: choose another folder")
     if out.is_symlink():
@@ -204,7 +215,7 @@ def check_out(out: Path, models: list[Checkpoint]) -> None:
 
 
 def check_tensors(base: Checkpoint, expert: Checkpoint) -> None:
-    """The expert has the base's tensors, in the same shapes. Raises UserError."""
+    """Raise UserError unless the expert has the base's tensors, in the same shapes."""
     lacking = base.shape.keys() - expert.shape.keys()
     extra = expert.shape.keys() - base.shape.keys()
     if lacking or extra:
@@ -226,7 +237,7 @@ def check_tensors(base: Checkpoint, expert: Checkpoint) -> None:
 
 
 def tokenizer_file(folder: Path) -> Path | None:
-    """The file that tells one tokenizer from another."""
+    """The file with the tokenizer's vocabulary; None if the folder has no tokenizer."""
     for name in TOKENIZER_FILES:
         if (folder / name).exists():
             return folder / name
@@ -234,7 +245,7 @@ def tokenizer_file(folder: Path) -> Path | None:
 
 
 def check_vocabulary(base: Checkpoint, expert: Checkpoint) -> None:
-    """The expert's tokens have the base's ids, where both have a tokenizer. Raises UserError."""
+    """Raise UserError if base and expert have tokenizers that give a token different ids."""
     base_file = tokenizer_file(base.folder)
     expert_file = tokenizer_file(expert.folder)
     if base_file is None or expert_file is None:
@@ -255,28 +266,32 @@ def check_vocabulary(base: Checkpoint, expert: Checkpoint) -> None:
 
 
 def weighted_sum(x_KN, weight_K: list[float]):
-    """Σ w_k x_k, [N]. A weight of 0 adds nothing, not even a rounding."""
-    used = [k for k, weight in enumerate(weight_K) if weight]
-    if not used:
+    """Σ w_k x_k, [N]. A weight of 0 adds nothing, not even a rounding error."""
+    nonzero = [k for k, weight in enumerate(weight_K) if weight]
+    if not nonzero:
         return torch.zeros_like(x_KN[0])
-    total_N = x_KN[used[0]] * weight_K[used[0]]
-    for k in used[1:]:
+    first = nonzero[0]
+    total_N = x_KN[first] * weight_K[first]
+    for k in nonzero[1:]:
         total_N.add_(x_KN[k], alpha=weight_K[k])
     return total_N
 
 
 def dare(tau_KN, draws_K: list[torch.Generator], rate: float):
-    """Drop entries with probability `rate` and divide the others by 1 − rate."""
+    """[K, N]: entries are 0 with probability `rate`, and divided by 1 − rate otherwise.
+
+    draws_K: the experts' random streams. Yu et al. 2024.
+    """
     N = tau_KN.shape[1]
     kept_KN = torch.stack([torch.rand(N, generator=draw) >= rate for draw in draws_K])
     return tau_KN * kept_KN / (1 - rate)
 
 
 def elect(base_N, tau_KN, sign_weight_K: list[float], weight_K: list[float], lam: float, zero: int):
-    """What TIES and SCE end with: the mean of the entries that have the elected sign.
+    """The last step of TIES and SCE: the weighted mean of the entries that have the elected sign.
 
-    sign_weight_K: weights of the sum whose sign is elected. zero: the sign that a sum of 0 has.
-    Returns (merged [N], whether each entry has the elected sign [K, N]).
+    sign_weight_K: the weights of the sum whose sign is elected. zero: the sign that is elected if
+    that sum is 0. Returns (merged [N], whether each entry has the elected sign [K, N]).
     """
     sign_N = weighted_sum(tau_KN, sign_weight_K).sign()
     sign_N[sign_N == 0] = zero
@@ -287,12 +302,12 @@ def elect(base_N, tau_KN, sign_weight_K: list[float], weight_K: list[float], lam
 
 
 def count_true(flag_KN):
-    """How many entries of each row are true, [K]. By rows: sum(1) takes seven times as long."""
+    """[K]: number of true entries per expert. (flag_KN.sum(1) takes seven times as long.)"""
     return torch.stack([row_N.count_nonzero() for row_N in flag_KN])
 
 
 def variance(x_KN):
-    """Over the experts, [N]."""
+    """[N]: the variance over the experts, without Bessel's correction."""
     return (x_KN - x_KN.mean(0)).square_().mean(0)
 
 
@@ -301,36 +316,39 @@ LOW_MASK = 2**LOW_BITS - 1
 
 
 def kth_largest(pieces, count: int) -> list[float]:
-    """For each of K rows, its `count`-th largest value, exactly.
+    """[K]: the `count`-th largest value of each of K rows, exactly.
 
-    pieces() yields the rows in parts [K, N], in fp32 and not negative; it is run through twice. The
-    bits of such numbers, read as integers, are in the numbers' order. So the first pass counts the
-    values by their high bits, and the second counts by their low bits the values whose high bits
-    are the answer's.
+    pieces() yields the rows piece by piece [K, N], in fp32 and not negative; it is called twice.
+    Read as integers, the bits of such numbers have the numbers' order. So the first pass counts
+    the values by their high bits, which gives the result's high bits. The second pass takes only
+    the values that have these high bits, and counts them by their low bits.
     """
 
     def high_bits(k, bits_N):
         return bits_N >> LOW_BITS
 
-    high_K = []  # the answer's high bits
-    left_K = []  # the answer is the left-th largest of the values that have them
+    high_K = []  # the result's high bits
+    place_K = []  # of the values with these high bits, the result is the place-th largest
     for counts in count_values(pieces, high_bits, 2**16):
         high, above = bin_of_kth_largest(counts, count)
         high_K.append(high)
-        left_K.append(count - above)
+        place_K.append(count - above)
 
     def low_bits(k, bits_N):
         return bits_N[bits_N >> LOW_BITS == high_K[k]] & LOW_MASK
 
     bits_K = []
     for k, counts in enumerate(count_values(pieces, low_bits, 2**LOW_BITS)):
-        low, _ = bin_of_kth_largest(counts, left_K[k])
+        low, _ = bin_of_kth_largest(counts, place_K[k])
         bits_K.append((high_K[k] << LOW_BITS) | low)
     return torch.tensor(bits_K, dtype=torch.int32).view(torch.float32).tolist()
 
 
 def count_values(pieces, pick, bins: int) -> list:
-    """For each of K rows, [bins]: how often pick(k, the row's bits as integers) has each value."""
+    """[K] tensors [bins]: how often each integer below `bins` occurs in pick(k, row k's bits).
+
+    pieces: as in kth_largest(). pick(k, bits_N) returns integers from row k's bits.
+    """
     total_K = []
     for x_KN in pieces():
         counts_K = []
@@ -345,7 +363,7 @@ def count_values(pieces, pick, bins: int) -> list:
 
 
 def bin_of_kth_largest(counts, k: int) -> tuple[int, int]:
-    """(the bin that holds the k-th largest of the counted values, how many are in higher bins)."""
+    """(the bin that holds the k-th largest counted value, number of values in higher bins)."""
     from_above = counts.flip(0).cumsum(0)  # [j]: values in the j + 1 highest bins
     j = int((from_above < k).sum())
     above = int(from_above[j - 1]) if j else 0
@@ -356,14 +374,14 @@ def bin_of_kth_largest(counts, k: int) -> tuple[int, int]:
 
 
 class Merge:
-    """One merge: it reads the models in pieces, and counts for the report."""
+    """One merge: it reads the models in pieces, merges them, and counts for the report."""
 
     def __init__(self, base: Checkpoint, experts: list[Checkpoint], args):
         self.base = base
         self.experts = experts
         self.models = [base, *experts]
         self.args = args
-        # in the order of the base's files
+        # in the order of the base's files, so that reading is sequential
         self.names = sorted(
             base.shape, key=lambda name: (base.place[name].file.name, base.place[name].offset)
         )
@@ -386,15 +404,16 @@ class Merge:
         self.base_square = 0.0  # ‖θ_0‖²
 
     def count_passes(self) -> int:
-        """How often the models are read."""
-        selective = self.args.density < 1
+        """How often the models are read: once to merge, and before that for thresholds and w."""
+        needs_threshold = self.args.density < 1
         if self.args.method == "ties":
-            return 3 if selective else 1  # two for the threshold
+            return 3 if needs_threshold else 1  # two for the threshold
         if self.args.method == "sce":
-            return 4 if selective else 2  # one for w, two for the threshold
+            return 4 if needs_threshold else 2  # one for w, two for the threshold
         return 1
 
     def bytes_of_a_pass(self) -> int:
+        """Bytes of all models' floating-point tensors."""
         total = 0
         for model in self.models:
             for name in self.floating:
@@ -404,13 +423,14 @@ class Merge:
     def pieces(self, names: list[str]):
         """Yield (θ_0 [N], τ after DARE [K, N], θ [K, N]) in fp32, piece by piece.
 
-        A value that is not finite raises UserError.
+        Raises UserError for a value that is not finite.
         """
         for name in names:
             draws_K = self.dare_generators(name) if self.args.dare else []
             for start in range(0, self.size[name], PIECE):
-                theta_KN = self.read_piece(name, start, min(start + PIECE, self.size[name]))
-                base_N, theta_KN = theta_KN[0], theta_KN[1:]
+                theta_MN = self.read_piece(name, start, min(start + PIECE, self.size[name]))
+                base_N = theta_MN[0]
+                theta_KN = theta_MN[1:]
                 tau_KN = theta_KN - base_N
                 if self.args.dare:
                     tau_KN = dare(tau_KN, draws_K, self.args.dare)
@@ -425,14 +445,14 @@ class Merge:
         return generators
 
     def read_piece(self, name: str, start: int, stop: int):
-        """[1 + K, N]: elements start … stop of the base's tensor, then of the experts', in fp32."""
+        """[M, N]: elements start … stop − 1 of the models' tensors, in fp32. Raises UserError."""
         rows = [model.read(name, start, stop) for model in self.models]
         self.bar.update(sum(row_N.nbytes for row_N in rows))
         theta_MN = torch.empty(len(rows), stop - start)
         for theta_N, row_N in zip(theta_MN, rows, strict=True):
             theta_N.copy_(row_N)
         for theta_N, model in zip(theta_MN, self.models, strict=True):
-            # the sum is quick, and finite only if all values are; but it may overflow
+            # The sum is quick. If it is finite, all values are; if not, it may have overflowed.
             if not theta_N.sum().isfinite() and not theta_N.isfinite().all():
                 raise UserError(
                     f"{name} in {model.folder} has a value that is not finite; nothing was written"
@@ -440,7 +460,7 @@ class Merge:
         return theta_MN
 
     def trim_thresholds(self) -> list[float]:
-        """TIES: for each expert, the smallest |τ_i| that stays, [K]."""
+        """[K]: for each expert the smallest |τ_i| that TIES keeps; 0 for the other methods."""
         if self.args.method != "ties" or self.args.density == 1:
             return [0.0] * len(self.experts)
 
@@ -451,7 +471,7 @@ class Merge:
         return kth_largest(magnitudes, max(1, round(self.args.density * self.elements)))
 
     def select(self, name: str) -> tuple[float, list[float]]:
-        """SCE: (the smallest variance over the experts that is selected, w [K]) of one tensor."""
+        """SCE: (the smallest variance over the experts that is selected, w_i [K]) of one tensor."""
 
         def variances():
             for _, tau_KN, _ in self.pieces([name]):
@@ -467,7 +487,10 @@ class Merge:
         return lowest, (square_K / square_K.sum()).nan_to_num().tolist()
 
     def merged(self, name: str, threshold_K1):
-        """Yield the merged tensor's pieces [N], in fp32."""
+        """Yield the pieces [N] of one merged tensor, in fp32.
+
+        threshold_K1: trim_thresholds(), as a column.
+        """
         method = self.args.method
         lam = self.args.lam
         weight_K = self.args.weights
@@ -495,11 +518,12 @@ class Merge:
             yield merged_N
 
     def count_norms(self, base_N, tau_KN) -> None:
+        """Add a piece to the report's dot products. tau_KN: before DARE."""
         self.dots_KK += (tau_KN @ tau_KN.T).double()
         self.base_square += base_N.square().sum().item()
 
     def integers(self, name: str):
-        """A tensor of integers: the base's, which all experts must have. Raises UserError."""
+        """[N]: a tensor of integers. Raises UserError if an expert's differs from the base's."""
         base_N = self.base.read(name, 0, self.size[name])
         for expert in self.experts:
             if not torch.equal(expert.read(name, 0, self.size[name]), base_N):
@@ -510,10 +534,16 @@ class Merge:
         return base_N
 
     def report(self) -> dict:
-        """Norms ‖τ_i‖ and cosines of the task vectors (before DARE), and per expert two shares.
+        """What merge.json says about the models.
 
-        kept: of τ_i's entries, those that are not 0 after DARE, trimming and selection. agree: of
-        those, the ones that have the elected sign.
+        base_norm    ‖θ_0‖
+        parameters   number of floating-point elements per model
+        cosines      [K, K], of the task vectors before DARE
+        experts      [K] of:
+            folder
+            norm     ‖τ_i‖ before DARE
+            kept     share of τ_i's entries that are not 0 after DARE, trimming and selection
+            agree    share of the kept entries that have the elected sign
         """
         norm_K = self.dots_KK.diagonal().sqrt()
         cosine_KK = (self.dots_KK / (norm_K[:, None] * norm_K)).nan_to_num().clamp(-1, 1)
@@ -537,7 +567,7 @@ class Merge:
 
 
 def keep_selected(tau_KN, lowest: float):
-    """SCE's selection: τ where its variance over the experts is at least `lowest`, else 0."""
+    """[K, N]: τ where its variance over the experts is at least `lowest`, else 0 (SCE's select)."""
     if not lowest:
         return tau_KN
     return tau_KN * (variance(tau_KN) >= lowest)
@@ -547,12 +577,13 @@ def keep_selected(tau_KN, lowest: float):
 
 
 def write_model(merge: Merge, folder: Path) -> None:
-    """The merged model's files. Everything but its weights is the base's."""
-    written_dtype = DTYPES.get(merge.args.dtype)  # None: the base's
+    """Write the merged model's files; all but the weights is the base's. Raises UserError."""
+    written_dtype = DTYPES.get(merge.args.dtype)  # None for "base"
     dtype = {}
     for name in merge.names:
-        is_converted = written_dtype is not None and name in merge.floating
-        dtype[name] = written_dtype if is_converted else merge.base.dtype[name]
+        dtype[name] = merge.base.dtype[name]
+        if written_dtype is not None and name in merge.floating:
+            dtype[name] = written_dtype
     tensor_bytes = {name: merge.size[name] * dtype[name].itemsize for name in merge.names}
 
     threshold_K1 = torch.tensor(merge.trim_thresholds())[:, None]
@@ -573,7 +604,10 @@ def write_model(merge: Merge, folder: Path) -> None:
 
 
 def split_into_shards(names: list[str], tensor_bytes: dict) -> dict[str, list[str]]:
-    """{file name: its tensors}, in order; a file has at most SHARD_BYTES, or one larger tensor."""
+    """{file name: names of its tensors}, in order.
+
+    A file has at most SHARD_BYTES of tensors, or a single tensor that is larger.
+    """
     shards = [[]]
     shard_bytes = 0
     for name in names:
@@ -591,7 +625,10 @@ def split_into_shards(names: list[str], tensor_bytes: dict) -> dict[str, list[st
 
 
 def write_shard(merge: Merge, path: Path, names: list[str], dtype: dict, threshold_K1) -> None:
-    """One safetensors file: the header's length, the header, the tensors as they are merged."""
+    """Write one safetensors file. Each piece of a tensor is written as soon as it is merged.
+
+    dtype: {tensor: the type in the file}. Raises UserError.
+    """
     header = {"__metadata__": {"format": "pt"}}
     start = 0
     for name in names:
@@ -602,11 +639,12 @@ def write_shard(merge: Merge, path: Path, names: list[str], dtype: dict, thresho
             "data_offsets": [start, stop],
         }
         start = stop
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data are aligned to 8 bytes
+    header_json = json.dumps(header).encode()
+    padding = -len(header_json) % 8  # so that the data are aligned to 8 bytes
+    header_json = header_json.ljust(len(header_json) + padding)
 
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(len(header_json).to_bytes(8, "little") + header_json)
         for name in names:
             if name not in merge.floating:
                 file.write(merge.integers(name).view(torch.uint8).numpy())
@@ -616,7 +654,7 @@ def write_shard(merge: Merge, path: Path, names: list[str], dtype: dict, thresho
 
 
 def rounded(merged_N, dtype: torch.dtype, name: str):
-    """A merged piece in the type that is written. Raises UserError if that is not finite."""
+    """[N]: a merged piece in the type of the file. Raises UserError if it is not finite."""
     piece_N = merged_N.to(dtype)
     if not piece_N.sum(dtype=torch.float32).isfinite() and not piece_N.isfinite().all():
         raise UserError(
@@ -626,7 +664,7 @@ def rounded(merged_N, dtype: torch.dtype, name: str):
 
 
 def write_index(folder: Path, shards: dict[str, list[str]], total_bytes: int) -> None:
-    """The file by which transformers and vLLM find the tensors of several files."""
+    """Write the index by which transformers and vLLM find tensors that stand in several files."""
     weight_map = {}
     for file_name, names in shards.items():
         for name in names:
@@ -639,43 +677,60 @@ def write_index(folder: Path, shards: dict[str, list[str]], total_bytes: int) ->
 
 
 def parse_args(argv: list[str] | None = None):
+    """The flags, checked. A wrong flag ends the script."""
     finite = number(float, "be a finite number", np.isfinite)
     parser = Parser(__doc__)
     add = parser.add_argument
     add(
         "--base",
         required=True,
-        help="the model that the experts were trained from: a folder, a run, a hub id, or toy",
+        help="model that the experts were trained from: a folder, a run, a hub id, or toy",
     )
     add(
         "--experts",
         nargs="+",
         required=True,
-        help="folders of the experts, or runs (their last checkpoint is taken)",
+        help="folders of the experts; of a run's folder the last checkpoint is used",
     )
-    add("--method", choices=["average", "ta", "ties", "sce"], required=True, help="see above")
-    add("--dare", type=fraction, default=0.0, help="drop rate before ta or ties; M2RL: 0.8")
-    add("--lambda", type=finite, default=1.0, dest="lam", help="λ; average has none")
+    add(
+        "--method",
+        choices=["average", "ta", "ties", "sce"],
+        required=True,
+        help="how to merge: one of the formulas above",
+    )
+    add(
+        "--dare",
+        type=fraction,
+        default=0.0,
+        help="probability P with which DARE drops an entry; 0: no DARE; M2RL: 0.8",
+    )
+    add(
+        "--lambda",
+        type=finite,
+        default=1.0,
+        dest="lam",
+        help="λ, by which the merged task vector is multiplied; average has no λ",
+    )
     add(
         "--density",
         type=share,
         default=None,
-        help="share of the entries that ties keeps (default 0.2) or sce selects (default 1)",
+        help="share of the entries that ties keeps (default: 0.2) or sce selects (default: 1)",
     )
     add(
         "--weights",
         type=finite,
         nargs="+",
         default=[],
-        help="w_i, one per expert; sce calculates its own",
+        help="the weights w_i, one per expert (default: 1 each); sce calculates its own",
     )
     add(
         "--dtype",
         choices=["base", "F32", "BF16", "F16"],
         default="base",
-        help="type of the written weights; base: the base's",
+        help="type of the written weights; base: the type that they have in the base",
     )
-    add("--seed", type=int, default=0, help="seed of DARE")
+    add("--seed", type=int, default=0, help="seed of DARE's random numbers")
     add_flags(parser, "--threads")
     add("--out", required=True, help="folder to write")
     args = parser.parse_args(argv)
@@ -684,13 +739,13 @@ def parse_args(argv: list[str] | None = None):
 
 
 def check_args(parser, args) -> None:
-    """Checks between flags, and the defaults that depend on --method."""
+    """Check the flags against each other, and set the defaults that depend on --method."""
     if args.dare and args.method not in ("ta", "ties"):
-        parser.error(f"--dare {args.dare}: before ta or ties only")
+        parser.error(f"--dare {args.dare}: it goes before ta or ties only")
     if args.density is not None and args.method not in ("ties", "sce"):
-        parser.error(f"--density {args.density}: of ties or sce only")
+        parser.error(f"--density {args.density}: it is a flag of ties or sce only")
     if args.method == "average" and args.lam != 1:
-        parser.error(f"--lambda {args.lam}: an average has none; --method ta with --weights has")
+        parser.error(f"--lambda {args.lam}: an average has no λ; use --method ta with --weights")
     if args.weights and args.method == "sce":
         parser.error(f"--weights {args.weights}: sce calculates its own")
     if args.weights and len(args.weights) != len(args.experts):
@@ -700,11 +755,11 @@ def check_args(parser, args) -> None:
     if not args.weights:
         args.weights = [1.0] * len(args.experts)
     if args.method != "ta" and (min(args.weights) < 0 or not sum(args.weights)):
-        parser.error(f"--weights {args.weights}: not negative, nor all 0, except with ta")
+        parser.error(f"--weights {args.weights}: must not be negative, nor all 0, except with ta")
 
 
 def print_report(args, report: dict, out: Path) -> None:
-    """One row per expert."""
+    """Print a table with one row per expert. report: Merge.report() and the "seconds"."""
     print(
         f"{args.method} of {len(report['experts'])} experts, "
         f"{report['parameters'] / 1e6:.2f} M parameters, {report['seconds']:.1f} s"
@@ -722,7 +777,10 @@ def print_report(args, report: dict, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> Path:
-    """Write --out, all of it or nothing: it appears by one rename. Returns the folder."""
+    """Write --out and return it. It appears by one rename, so it is complete or it is not there.
+
+    Raises UserError for models that do not fit together, before anything is written.
+    """
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -747,7 +805,7 @@ def main(argv: list[str] | None = None) -> Path:
         report["seconds"] = time.perf_counter() - started
         write_text(temporary / "merge.json", json.dumps(report, indent=1))
         if out.exists():
-            out.rmdir()  # it is empty: check_out
+            out.rmdir()  # check_out() has seen that it is empty
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,17 +1,19 @@
 """MT-OPD: multi-teacher on-policy distillation (M2RL, section 3.2; Agarwal et al. 2024).
 
-The experts' other way into one model, beside merge.py. The student samples, each response goes to
-the teacher of its domain, and no reward enters. --kl sampled (M2RL):
+Like merge.py, it brings the experts into one model. The student samples, each response goes to the
+teacher of its domain, and rewards play no part. --kl sampled, which M2RL's authors use:
 
     L   = −1/B Σ_i 1/|y_i| Σ_t [ w_it min(ρ_it A_it, clip(ρ_it) A_it) − β KL_it ]
-    A_t = log π_T(y_t | x, y_<t) − log π_old(y_t | x, y_<t)    per token; no group, no baseline
+    A_it = log π_T(y_it | x, y_i<t) − log π_old(y_it | …)    per token; no group, no baseline
 
-clipped at 0.2/0.2; ρ, KL and w are those of grpo.py. --kl full:
+over all B responses, clipped at 0.2/0.2; ρ, KL and w are those of grpo.py. By default β is 0 and
+a step is one mini-batch, so ρ is 1. --kl full, without ratio, clip and β:
 
     L   = 1/B Σ_i 1/|y_i| Σ_t w_it Σ_v π_θ(v | …) (log π_θ(v | …) − log π_T(v | …))
 
-the exact divergence over the vocabulary, in chunks, at the places that the student's samples reach.
-Choices:
+the exact divergence over the vocabulary, in chunks, at the places that the student's samples reach
+(not through which places they reach). This file differs from grpo.py in its state, `advantages`,
+`policy_loss`, `is_trained_on` and `update`. Choices:
 
 - Without --domains the run has the domains that have a teacher. Rewards are computed and logged, as
   in every run.
@@ -23,9 +25,7 @@ Choices:
     python opd.py --model Qwen3-4B-SFT --data train.jsonl --teacher math=experts/math \\
         code=experts/code
 
-Suffixes give a tensor's shape, or a list's length: P prompts, G group size, B sequences (P·G),
-T tokens (of prompt and response), V vocabulary, H hidden, K domains, 1 a dimension of size 1. N is
-the response tokens of several sequences, one after the other.
+Suffixes and the batch's columns: see grpo.py.
 """
 
 # ---------------- SHARED: imports ----------------
@@ -39,7 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import data
 import rewards
@@ -63,6 +63,7 @@ ALGORITHM = Path(__file__).stem
 #   sampler_logp             [B, T]  log π_sampler of each token, 0 outside the mask
 #   old_logp, ref_logp       [B, T]  log π_old and log π_ref, likewise
 #   advantage, importance    [B, T]  A and w of the header
+#   old_h                    [B, 1, H]  for mcpo.py
 Batch = dict[str, torch.Tensor]
 
 
@@ -109,8 +110,10 @@ def parse_args(argv: list[str] | None = None):
         default=0.001,
         help="weight of the KL to the frozen start model; with 0 that model is not kept",
     )
-    add("--clip-low", type=float, default=0.2, help="ε_low of the clipped ratio")
-    add("--clip-high", type=float, default=0.28, help="ε_high of the clipped ratio")
+    add("--clip-low", type=cli.non_negative_float, default=0.2, help="ε_low of the clipped ratio")
+    add(
+        "--clip-high", type=cli.non_negative_float, default=0.28, help="ε_high of the clipped ratio"
+    )
     add(
         "--loss-norm",
         choices=["sequence", "token", "constant"],
@@ -199,15 +202,18 @@ def add_algo_arguments(group) -> None:
 
 def check_algo_arguments(parser, args) -> None:
     """args.teacher becomes {domain: folder}; the run's domains are by default those with one."""
-    words = args.teacher
-    args.teacher = dict(word.partition("=")[::2] for word in words)
+    pairs = args.teacher
+    args.teacher = {}
+    for pair in pairs:
+        domain, _, folder = pair.partition("=")
+        args.teacher[domain] = folder
     args.domains = args.domains or list(args.teacher)
-    lacking = [domain for domain in args.domains if not args.teacher.get(domain)]
-    is_repeated = len(args.teacher) < len(words)
-    if is_repeated or lacking or set(args.teacher) - set(DOMAINS):
-        reason = f"; {lacking[0]} has none" if lacking else ""
+    without = [domain for domain in args.domains if not args.teacher.get(domain)]
+    is_repeated = len(args.teacher) < len(pairs)
+    if is_repeated or without or set(args.teacher) - set(DOMAINS):
+        reason = f"; {without[0]} has none" if without else ""
         parser.error(
-            f"--teacher {' '.join(words)}: write math=DIR code=DIR, one for each domain of the run"
+            f"--teacher {' '.join(pairs)}: write math=DIR code=DIR, one for each domain of the run"
             f"{reason}"
         )
     if args.kl == "full" and args.beta:
@@ -370,6 +376,7 @@ def policy_loss(logp_BT, micro: Batch, args):
         return -logp_BT * importance_BT, {"reverse_kl": -logp_BT}
     ratio_BT = torch.exp(logp_BT - micro["old_logp"])
     clipped_BT = ratio_BT.clamp(1 - args.clip_low, 1 + args.clip_high)
+    # min: the clip stops only moves that raise the objective; taking back a bad move stays free
     surrogate_BT = torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
     is_clipped_BT = (surrogate_BT < ratio_BT * advantage_BT) & (importance_BT > 0)
     loss_BT = -importance_BT * surrogate_BT
@@ -383,7 +390,7 @@ def policy_loss(logp_BT, micro: Batch, args):
 
 def is_trained_on(batch: Batch) -> torch.Tensor:
     """[B]: the rows to train on: all, because a teacher needs no verifier."""
-    return batch["length"] > 0
+    return torch.ones_like(batch["reward"], dtype=torch.bool)
 
 
 def moves_the_policy(batch: Batch) -> torch.Tensor:
@@ -503,7 +510,7 @@ def negative_kl(policy, teacher, weight_VH, bias_V, ids_BT, mask_BT):
     weight_VH, bias_V: the teacher's whole output head.
     """
 
-    def hidden_states(hidden_NH, token_N, temperature):
+    def hidden_states(hidden_NH, token_N, temperature):  # in place of the teacher's own head
         return (hidden_NH,)
 
     def head(hidden_NH, teacher_NH, temperature):
@@ -738,7 +745,9 @@ class Policy(torch.nn.Module):
         values = []  # for each chunk, the tuple that the head gives
         for hidden, targets in zip(hidden_NH.split(chunk), target_N.split(chunk)):
             if recompute:
-                values.append(checkpoint(head, hidden, targets, temperature, use_reentrant=False))
+                values.append(
+                    recompute_in_backward(head, hidden, targets, temperature, use_reentrant=False)
+                )
             else:
                 values.append(head(hidden, targets, temperature))
 

@@ -1,6 +1,6 @@
 """PCGrad: projecting conflicting gradients (Yu et al. 2020, Algorithm 1).
 
-The baseline that the CGPO paper calls too large for language models. GRPO whose domains' gradients
+A baseline that ran out of memory in the CGPO paper (section 4). GRPO whose domains' gradients
 lose, pair by pair, what opposes another domain's:
 
     L   = −1/B Σ_i 1/|y_i| Σ_t [ w_it min(ρ_it A_i, clip(ρ_it) A_i) − β KL_it ]
@@ -8,7 +8,8 @@ lose, pair by pair, what opposes another domain's:
     ĝ_i = g_i;  for j ≠ i in random order:  if ĝ_i·g_j < 0:  ĝ_i ← ĝ_i − (ĝ_i·g_j / ‖g_j‖²) g_j
     g   = Σ_i ĝ_i                                        A, ρ, KL and w are those of grpo.py
 
-The products run over all parameters and ranks, and g_j is always the original. Choices:
+The products run over all parameters and ranks, and g_j is always the original. g is then clipped
+and stepped along by AdamW, as in grpo.py. Choices:
 
 - g_k is the gradient of domain k's own loss times its share of the rows (of the tokens with
   --loss-norm token). So without conflicts, or with one domain, g is GRPO's. Shares do not change
@@ -17,15 +18,13 @@ The products run over all parameters and ranks, and g_j is always the original. 
 - The random orders are a function of (seed, step, mini-batch).
 
 It makes K backward passes and keeps K gradients instead of one: `extra_gradients_gib` in
-metrics.jsonl, of a rank.
+metrics.jsonl, per rank. This file differs from grpo.py in `update`.
 
     python pcgrad.py                                        # the toy, ~2 minutes on 2 cores
     python pcgrad.py --model Qwen2.5-7B-Instruct --data train.jsonl \\
         --judge-url http://localhost:8000
 
-Suffixes give a tensor's shape, or a list's length: P prompts, G group size, B sequences (P·G),
-T tokens (of prompt and response), V vocabulary, H hidden, K domains, 1 a dimension of size 1. N is
-the response tokens of several sequences, one after the other.
+Suffixes and the batch's columns: see grpo.py.
 """
 
 # ---------------- SHARED: imports ----------------
@@ -39,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import data
 import rewards
@@ -63,6 +62,7 @@ ALGORITHM = Path(__file__).stem
 #   sampler_logp             [B, T]  log π_sampler of each token, 0 outside the mask
 #   old_logp, ref_logp       [B, T]  log π_old and log π_ref, likewise
 #   advantage, importance    [B, T]  A and w of the header
+#   old_h                    [B, 1, H]  for mcpo.py
 Batch = dict[str, torch.Tensor]
 
 
@@ -109,8 +109,10 @@ def parse_args(argv: list[str] | None = None):
         default=0.001,
         help="weight of the KL to the frozen start model; with 0 that model is not kept",
     )
-    add("--clip-low", type=float, default=0.2, help="ε_low of the clipped ratio")
-    add("--clip-high", type=float, default=0.28, help="ε_high of the clipped ratio")
+    add("--clip-low", type=cli.non_negative_float, default=0.2, help="ε_low of the clipped ratio")
+    add(
+        "--clip-high", type=cli.non_negative_float, default=0.28, help="ε_high of the clipped ratio"
+    )
     add(
         "--loss-norm",
         choices=["sequence", "token", "constant"],
@@ -295,6 +297,7 @@ def policy_loss(logp_BT, micro: Batch, args):
     advantage_BT, importance_BT = micro["advantage"], micro["importance"]
     ratio_BT = torch.exp(logp_BT - micro["old_logp"])
     clipped_BT = ratio_BT.clamp(1 - args.clip_low, 1 + args.clip_high)
+    # min: the clip stops only moves that raise the objective; taking back a bad move stays free
     surrogate_BT = torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
     is_clipped_BT = (surrogate_BT < ratio_BT * advantage_BT) & (importance_BT > 0)
     loss_BT = -importance_BT * surrogate_BT
@@ -406,12 +409,13 @@ def update(policy, optimizer, batch: Batch, lr: float, key: tuple, state: dict, 
 
     # Their sum, after the projections.
     dots_KK = products(gradients)
-    weights = projected_sum(dots_KK, key)
+    weights = projection_weights(dots_KK, key)
     for p, *gradient_K in zip(parameters, *gradients):
         p.grad = gradient_K[0].mul_(weights[0])
         for gradient, weight in zip(gradient_K[1:], weights[1:]):
             p.grad.add_(gradient, alpha=weight)
 
+    # GRPO keeps one gradient, too; a shard counts with the whole tensor's size
     extra_bytes = sum(g.numel() * g.element_size() for gradient in gradients[1:] for g in gradient)
     update_stats = reports.mean_stats(stats) | cosines(dots_KK, [DOMAINS[k] for k in present])
     update_stats["loss"] = loss
@@ -430,7 +434,7 @@ def products(gradients: list[list[torch.Tensor]]) -> np.ndarray:
     return dots_KK
 
 
-def projected_sum(dots_KK, key: tuple) -> list[float]:
+def projection_weights(dots_KK, key: tuple) -> list[float]:
     """c [K] with Σ_i ĝ_i = Σ_k c_k g_k, given the products g_i·g_k."""
     K = len(dots_KK)
     total_K = np.zeros(K)
@@ -669,7 +673,9 @@ class Policy(torch.nn.Module):
         values = []  # for each chunk, the tuple that the head gives
         for hidden, targets in zip(hidden_NH.split(chunk), target_N.split(chunk)):
             if recompute:
-                values.append(checkpoint(head, hidden, targets, temperature, use_reentrant=False))
+                values.append(
+                    recompute_in_backward(head, hidden, targets, temperature, use_reentrant=False)
+                )
             else:
                 values.append(head(hidden, targets, temperature))
 

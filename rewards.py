@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from checkers import code, ifeval, sandbox
 from checkers.servers import ask_all
-from checkers.short_answers import equal_at_sight, short_answer_equal, without_name
+from checkers.short_answers import equal_at_sight, short_answer_equal, without_variable
 from checkers.third_party import critic_prompts, critic_score
 from checkers.workers import WORKERS, ask_workers
 from common.errors import UserError
@@ -33,6 +33,7 @@ from common.rows import DOMAINS, prompt_text
 from sources.toy import RHYMES
 
 SCHEMES = ("cgpo", "m2rl", "lenient")
+# The scheme "cgpo", as in the table above.
 RIGHT = 1.0
 WRONG = {"math": -0.5, "code": -0.5, "science": 0.0, "writing": -0.5, "if": -0.5, "agent": -0.5}
 INVALID = -1.0
@@ -40,9 +41,11 @@ BOTH_ORDERS = False  # --judge-both-orders: the judge sees each pair twice, A fi
 
 
 class Score(NamedTuple):
-    reward: float | None  # None: the verifier failed, nobody knows
+    """What one response is worth."""
+
+    reward: float | None  # None: the verifier failed, so nobody knows
     correct: bool | None
-    valid: bool  # the format
+    valid: bool  # whether the response has the format
     why: str  # the verdict in a word or two; metrics count its first word
 
 
@@ -51,12 +54,12 @@ class Verdict(NamedTuple):
 
     correct: bool | None  # None: it could not tell
     why: str
-    valid: bool = True  # the format
-    reward: float | None = None  # where it is not the domain's value for right or wrong
+    valid: bool = True  # whether the answer has the format
+    reward: float | None = None  # if it is not the domain's value for right or wrong
 
 
 def configure(args) -> None:
-    """Take over the flags that hold for a whole run: --allow-unsafe-code, --judge-both-orders."""
+    """Set what holds for a whole run, from --allow-unsafe-code and --judge-both-orders."""
     global BOTH_ORDERS
     sandbox.allow_unsafe(args.allow_unsafe_code)
     BOTH_ORDERS = args.judge_both_orders
@@ -66,6 +69,7 @@ def configure(args) -> None:
 
 
 def count_words(text: str) -> int:
+    """The length of a text for r_qa if there is no tokenizer."""
     return len(text.split())
 
 
@@ -111,13 +115,17 @@ def score(
 
 
 def checker_of(row: dict) -> str:
+    """The name, in CHECKERS, of the checker that judges the row's answers."""
     if "gym" in row:
         return "gym"
     return row.get("checker") or row["domain"]
 
 
 def to_score(verdict: Verdict, answer: str, row: dict, scheme: str, count_tokens) -> Score:
-    """The table in the header. r_qa = 1 − 0.05·min(| |o_ans| − |a| |, 10) when right."""
+    """The Score of a verdict by the table in the header.
+
+    If it is right, r_qa = 1 − 0.05·min(| |o_ans| − |a| |, 10).
+    """
     correct, why, valid, reward = verdict
     if correct is None:
         return Score(None, None, True, why)
@@ -136,7 +144,7 @@ def to_score(verdict: Verdict, answer: str, row: dict, scheme: str, count_tokens
 
 
 def stop_if_down(columns: dict) -> None:
-    """Raise UserError where a verifier or judge failed on all of a domain's responses in a step.
+    """Raise UserError if a verifier or judge failed on all of a domain's responses in a step.
 
     columns: {"domain", "valid", "reward"}, each a tensor of shape [B], of all ranks. Fewer than
     eight responses prove nothing.
@@ -153,7 +161,8 @@ def stop_if_down(columns: dict) -> None:
 
 # ---------------- before a run: can these rows be judged? ----------------
 
-PACKAGES = {"bfcl": "bfcl_eval", "constraints": "if_verifiable"}  # that a row's "checker" needs
+# A row's "checker" → the package that it needs.
+PACKAGES = {"bfcl": "bfcl_eval", "constraints": "if_verifiable"}
 
 
 def check_rows(rows: list[dict], judge_url: str, sandbox_url: str) -> None:
@@ -162,7 +171,7 @@ def check_rows(rows: list[dict], judge_url: str, sandbox_url: str) -> None:
         code.check_sandbox()
     packaged_constraints = []
     for row in rows:
-        check_checker(row)
+        check_checker_name(row)
         check_judge(row, judge_url)
         packaged_constraints += check_constraints(row)
     ifeval.try_packaged(packaged_constraints)
@@ -173,8 +182,8 @@ def runs_code(row: dict) -> bool:
     return row["domain"] == "code" and "gym" not in row and "expression" not in row["tests"]
 
 
-def check_checker(row: dict) -> None:
-    """The row's checker is known, and its package is installed."""
+def check_checker_name(row: dict) -> None:
+    """Raise UserError if the row's checker is unknown or its package is not installed."""
     name = row.get("checker", row["domain"])
     if name not in CHECKERS:
         known = " ".join(CHECKERS)
@@ -184,7 +193,7 @@ def check_checker(row: dict) -> None:
 
 
 def check_judge(row: dict, judge_url: str) -> None:
-    """A writing row has a judge."""
+    """Raise UserError if a writing row has no judge."""
     if row["domain"] == "writing" and row.get("judge") != "rhyme" and not judge_url:
         raise UserError(
             "writing rows need --judge-url, an OpenAI-compatible server "
@@ -193,7 +202,10 @@ def check_judge(row: dict, judge_url: str) -> None:
 
 
 def check_constraints(row: dict) -> list[tuple[str, dict]]:
-    """The row's constraints can be checked. Returns (row id, constraint) of if-verifiable's."""
+    """Raise UserError if one of the row's constraints cannot be checked.
+
+    Returns (row id, constraint) for each constraint that the package if-verifiable judges.
+    """
     by_package = row.get("checker") == "constraints"
     packaged = []
     for constraint in row.get("constraints", []):
@@ -206,13 +218,13 @@ def check_constraints(row: dict) -> list[tuple[str, dict]]:
 
 
 def read_answer(response: str, row: dict, scheme: str) -> tuple[str | None, str]:
-    """extract_answer by the rules of the scheme and the row's domain."""
+    """Call extract_answer by the rules of the scheme and the row's domain."""
     if scheme == "lenient" and "</think>" not in response:
         if not response.lstrip().startswith("<think>"):  # a thought that was opened must be closed
             response = f"</think>{response}"
     # A box holds a short answer. Elsewhere it would hide the rest.
-    short = "gym" in row or row["domain"] in ("math", "science")
-    return extract_answer(response, strict=scheme == "cgpo", unwrap=short)
+    is_short = "gym" in row or row["domain"] in ("math", "science")
+    return extract_answer(response, strict=scheme == "cgpo", unwrap=is_short)
 
 
 def extract_answer(
@@ -221,9 +233,9 @@ def extract_answer(
     r"""(answer, "") or (None, what is wrong with the format).
 
     strict (C.3): one <think>…</think> at the beginning; then one <answer>…</answer> with nothing
-    behind it or, without answer tags, text with a \boxed{…}. Not strict (M2RL): only one </think>
+    after it or, without answer tags, text with a \boxed{…}. Not strict (M2RL): only one </think>
     is needed; the answer is what stands in the answer tags, or else all that follows.
-    unwrap: where the answer has a \boxed{…}, the last box's content is the answer.
+    unwrap: if the answer has a \boxed{…}, the last box's content is the answer.
     """
     # 1. Divide the response into the thought and the rest.
     text = response.strip()
@@ -265,19 +277,19 @@ def extract_answer(
 
 
 def boxed(text: str) -> str | None:
-    r"""Content of the last \boxed{…} (braces balanced), or None."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
+    r"""The content of the last \boxed{…} with balanced braces; None if there is none."""
+    box_start = text.rfind("\\boxed{")
+    if box_start < 0:
         return None
-    first = start + len("\\boxed{")
+    start = box_start + len("\\boxed{")
     depth = 1
-    for i in range(first, len(text)):
+    for i in range(start, len(text)):
         if text[i] == "{":
             depth += 1
         elif text[i] == "}":
             depth -= 1
         if depth == 0:
-            return text[first:i]
+            return text[start:i]
     return None
 
 
@@ -285,11 +297,14 @@ def boxed(text: str) -> str | None:
 
 
 def check_math(answers, rows, options) -> list[Verdict]:
-    """verify_math(o_ans, a): equal texts or plain numbers at once, everything else symbolically."""
+    """verify_math(o_ans, a) of C.3.
+
+    Texts and plain numbers are compared here; everything else symbolically, in worker processes.
+    """
     verdicts: list[Verdict | None] = [None] * len(rows)
     to_compare, jobs = [], []
     for i, (answer, row) in enumerate(zip(answers, rows)):
-        answer = without_name(answer, row["answer"])
+        answer = without_variable(answer, row["answer"])
         equal = equal_at_sight(answer, row["answer"])
         if equal is None:
             to_compare.append(i)
@@ -302,7 +317,7 @@ def check_math(answers, rows, options) -> list[Verdict]:
 
 
 def check_gym(answers, rows, options) -> list[Verdict]:
-    """reasoning-gym's own checkers."""
+    """Right if reasoning-gym's own checker of the row's task says so."""
     jobs = []
     for answer, row in zip(answers, rows):
         jobs.append({"check": "gym", "answer": answer, **row["gym"]})
@@ -310,10 +325,12 @@ def check_gym(answers, rows, options) -> list[Verdict]:
 
 
 def worker_verdicts(jobs: list[dict]) -> list[Verdict]:
+    """The verdicts of worker processes. Whatever is not "right", such as a timeout, is wrong."""
     return [Verdict(reply == "right", reply) for reply in ask_workers(jobs)]
 
 
 def right_or_wrong(correct: bool) -> Verdict:
+    """The Verdict that has no more to say than that."""
     return Verdict(correct, "right" if correct else "wrong")
 
 
@@ -321,8 +338,8 @@ def right_or_wrong(correct: bool) -> Verdict:
 
 
 def check_code(answers, rows, options) -> list[Verdict]:
-    """exec(o_ans) ⊨ unittest. Equal pairs of code and tests run once."""
-    # Responses of a group share their row's tests, perhaps megabytes: they become a text once.
+    """exec(o_ans) ⊨ unittest, of C.3. Equal pairs of code and tests run once."""
+    # Responses of a group share their row's tests, which may be megabytes: dump those only once.
     tests_as_json = {}
     for row in rows:
         tests = row["tests"]
@@ -332,17 +349,17 @@ def check_code(answers, rows, options) -> list[Verdict]:
     for answer, row in zip(answers, rows):
         pairs.append((code.extract_code(answer), tests_as_json[id(row["tests"])]))
 
-    def judge(pair):
+    def check_pair(pair):
         program, tests = pair
-        return judge_program(program, json.loads(tests), options["sandbox_url"])
+        return check_program(program, json.loads(tests), options["sandbox_url"])
 
     different_pairs = list(dict.fromkeys(pairs))
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
-        verdicts = dict(zip(different_pairs, pool.map(judge, different_pairs)))
+        verdicts = dict(zip(different_pairs, pool.map(check_pair, different_pairs)))
     return [verdicts[pair] for pair in pairs]
 
 
-def judge_program(program: str, tests: dict, sandbox_url: str) -> Verdict:
+def check_program(program: str, tests: dict, sandbox_url: str) -> Verdict:
     """The toy's tests compare an expression's values; all others run the program."""
     tree = code.parse_code(program)
     if tree is None:
@@ -369,7 +386,7 @@ Do not solve the question. End with the line "Final Decision: Yes" or "Final Dec
 
 
 def check_science(answers, rows, options) -> list[Verdict]:
-    """A verifier model by URL or, without one, the rules of short_answer_equal."""
+    """Right if a verifier model says so or, without a URL, the rules of short_answer_equal."""
     url = options["verifier_url"]
     if not url:
         verdicts = []
@@ -389,7 +406,10 @@ def check_science(answers, rows, options) -> list[Verdict]:
 
 
 def read_verifier(reply: str | UserError) -> Verdict:
-    """The last decision of a reply. A failed call or a reply without one is not a wrong answer."""
+    """The last decision of a reply.
+
+    A failed call, or a reply without one, is not a wrong answer.
+    """
     if isinstance(reply, UserError):
         return Verdict(None, f"verifier-error: {reply}")
     decisions = re.findall(r"Final Decision:\s*\**\s*(Yes|No)", reply, re.IGNORECASE)
@@ -415,7 +435,10 @@ Explain briefly, then end with [[A]] if A is better, [[B]] if B is better, [[C]]
 
 
 def check_writing(answers, rows, options) -> list[Verdict]:
-    """Better, tie or worse than the row's reference. A judge model decides; for the toy, a rule."""
+    """Better, tie or worse than the row's reference.
+
+    A judge model decides; the toy has a rule instead.
+    """
     verdicts: list[Verdict | None] = [None] * len(rows)
     to_judge = []
     for i, row in enumerate(rows):
@@ -468,7 +491,10 @@ def ask_judge(answers, rows, url: str) -> list[Verdict]:
 
 
 def read_judge(reply: str | UserError, answer_is_a: bool) -> Verdict:
-    """The last [[A]], [[B]] or [[C]] of a reply. A failed call or none of them is not a loss."""
+    """The last [[A]], [[B]] or [[C]] of a reply.
+
+    A failed call, or a reply without one, is not a wrong answer.
+    """
     if isinstance(reply, UserError):
         return Verdict(None, f"judge-error: {reply}")
     choices = re.findall(r"\[\[([ABC])\]\]", reply, re.IGNORECASE)
@@ -497,7 +523,10 @@ def rhyme_judge(answer: str, row: dict) -> Verdict:
 
 
 def rhyme_quality(poem: str, topic: str) -> int:
-    """Distinct rhymes on the topic, minus repeats, other words, and words beyond the third."""
+    """The number of distinct rhymes on the topic, minus the other words and repeats.
+
+    Each word beyond the third costs one more, so that a long list does not win.
+    """
     family = next(words for words in RHYMES.values() if topic in words)
     words = poem.split()
     rhymes = {word for word in words if word in family and word != topic}
@@ -508,7 +537,7 @@ def rhyme_quality(poem: str, topic: str) -> int:
 
 
 def check_if(answers, rows, options) -> list[Verdict]:
-    """Right where every constraint is met, strictly.
+    """Right if every constraint is met, strictly.
 
     Unknown ids are errors (check_rows): to skip one would pay for nothing. A row with a constraint
     that only if-verifiable knows is that package's to judge.
@@ -534,7 +563,7 @@ def check_if(answers, rows, options) -> list[Verdict]:
 
 
 def check_packaged_if(answers, rows, options) -> list[Verdict]:
-    """IFEval's and IFBench's own checkers, from the package if-verifiable."""
+    """Right if IFEval's and IFBench's own checkers, from the package if-verifiable, say so."""
     jobs = []
     for answer, row in zip(answers, rows):
         jobs.append(
@@ -553,7 +582,7 @@ def check_packaged_if(answers, rows, options) -> list[Verdict]:
 
 
 def check_agent(answers, rows, options) -> list[Verdict]:
-    """Right where the calls equal the gold calls: order, names and arguments (true is not 1)."""
+    """Right if the calls equal the gold calls: order, names and arguments (true is not 1)."""
     verdicts = []
     for answer, row in zip(answers, rows):
         calls = read_calls(answer)
@@ -568,10 +597,10 @@ def check_agent(answers, rows, options) -> list[Verdict]:
 
 
 def read_calls(answer: str) -> list[dict] | None:
-    """[{"name", "arguments": {…}}, …] of an answer, or None where it is unreadable.
+    """[{"name", "arguments": {…}}, …] of an answer; None if it is unreadable.
 
-    Calls stand in <tool_call> blocks, or as a JSON list or object: the whole answer, its last
-    fenced block, or what stands from the first bracket to the last.
+    Calls stand in <tool_call> blocks, or are a JSON list or object: the whole answer, its last
+    fenced block, or the text from the first bracket to the last.
     """
     blocks = re.findall(r"<tool_call>(.*?)</tool_call>", answer, re.DOTALL)
     if blocks:
@@ -584,7 +613,7 @@ def read_calls(answer: str) -> list[dict] | None:
 
 
 def parse_calls(texts: list[str]) -> list[dict] | None:
-    """The calls in texts that hold a JSON call each, or in one text that holds a list of them."""
+    """The calls of texts with one JSON call each, or of one text with a list; None: unreadable."""
     try:
         calls = [json.loads(text) for text in texts]
         if len(calls) == 1 and isinstance(calls[0], list):
@@ -595,7 +624,10 @@ def parse_calls(texts: list[str]) -> list[dict] | None:
 
 
 def normal_call(call: dict) -> dict:
-    """Arguments may be left out, or be a JSON text (as OpenAI's API has them)."""
+    """A call as {"name", "arguments": {…}}.
+
+    Its arguments may be left out, or be a JSON text, as in OpenAI's API.
+    """
     arguments = call.get("arguments", {})
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
@@ -606,7 +638,10 @@ def normal_call(call: dict) -> dict:
 
 
 def check_bfcl(answers, rows, options) -> list[Verdict]:
-    """BFCL's AST checker (bfcl-eval). No list of calls is wrong, also where no function fits."""
+    """Right if BFCL's AST checker (bfcl-eval) says so.
+
+    An answer without a list of calls is wrong, even if no function fits.
+    """
     calls_of = [read_calls(answer) for answer in answers]
     jobs = []
     for calls, row in zip(calls_of, rows):
@@ -628,7 +663,7 @@ def check_bfcl(answers, rows, options) -> list[Verdict]:
 
 
 def check_critic(answers, rows, options) -> list[Verdict]:
-    """WritingBench: the reward is a tenth of the critic's mean score; 6 and more is correct."""
+    """WritingBench: the reward is a tenth of the critic's mean score; 6 or more is correct."""
     prompts_of = [critic_prompts(row, answer) for answer, row in zip(answers, rows)]
     prompts = [prompt for row_prompts in prompts_of for prompt in row_prompts]
     replies = ask_all(options["judge_url"], prompts, "critic")
@@ -654,7 +689,7 @@ def read_critic(replies: list[str | UserError]) -> Verdict:
     return Verdict(mean >= 6, f"score {mean:.1f}", reward=mean / 10)
 
 
-# By a row's "checker" or domain. Each: (answers, rows, options) → a Verdict per answer.
+# checker_of(row) → the checker: (answers, rows, options) → one Verdict per answer.
 CHECKERS = {
     "math": check_math,
     "gym": check_gym,

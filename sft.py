@@ -1,6 +1,6 @@
 """Supervised fine-tuning, the warm start: minimises −mean log π(response | prompt) over tokens.
 
-Rows are those of common/rows.py with a "response". The token that ends a response is trained too.
+A row (common/rows.py) needs a "response". The token that ends the response is trained too.
 
     python sft.py --model Qwen2.5-0.5B --data demonstrations.jsonl --steps 500
     python sft.py --model Qwen3-4B-Base --data blend.jsonl --lr 5e-5 --weight-decay 0.1 \\
@@ -10,6 +10,7 @@ Rows are those of common/rows.py with a "response". The token that ends a respon
 Suffixes: B sequences, T tokens.
 """
 
+import math
 import os
 import time
 
@@ -25,9 +26,9 @@ from sources.models import resolve_model
 
 
 def encode(rows: list[dict], tokenizer, limit: int) -> dict[str, torch.Tensor]:
-    """{"ids", "mask"} [B, T] and "length" [B]; the mask covers the response and its end token.
+    """A batch: {"ids" [B, T], "mask" [B, T], "length" [B]}, padded on the right.
 
-    A sequence is cut after `limit` tokens.
+    The mask covers the response and its end token. A sequence is cut after `limit` tokens.
     """
     ids_B, mask_B = [], []
     for row in rows:
@@ -57,9 +58,10 @@ def train(
     betas=(0.9, 0.98),
     weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """AdamW, linear warm-up, linear decay to 0, gradients clipped to 1. Prints its progress.
+    """Train the policy in place for `steps` updates, and print the progress. Returns the optimizer.
 
-    Raises UserError if the gradient's norm is not finite.
+    AdamW with linear warm-up, then linear decay to 0; the gradient's norm is clipped to 1.
+    limit: tokens per sequence. Raises UserError if the gradient's norm is not finite.
     """
     optimizer = torch.optim.AdamW(policy.parameters(), lr, betas, weight_decay=weight_decay)
     batches = data.batches(rows, batch_rows, data.domain_mix(rows, ""), seed)
@@ -67,13 +69,13 @@ def train(
     for step, step_rows in zip(range(1, steps + 1), batches):
         batch = encode(step_rows, tokenizer, limit)
         tokens = batch["mask"].sum()
-        total = 0.0
+        mean_loss = 0.0  # over the batch's response tokens
         for index in micro_batches(batch["length"], micro_batch_tokens):
             micro = take(batch, index, policy.device)
             logp_BT, _, _ = policy(micro["ids"], micro["mask"])
             loss = -logp_BT.sum() / tokens
             loss.backward()
-            total += loss.item()
+            mean_loss += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         if not torch.isfinite(norm):
             raise UserError(
@@ -88,17 +90,16 @@ def train(
         if step % max(1, steps // 20) == 0 or step == steps:
             spent = time.perf_counter() - started
             left = spent / step * (steps - step)
-            print(
-                f"  sft step {step:5d}/{steps}  loss {total:.3f}  {spent:.0f} s, {left:.0f} s left",
-                flush=True,
-            )
+            progress = f"sft step {step:5d}/{steps}  loss {mean_loss:.3f}"
+            print(f"  {progress}  {spent:.0f} s, {left:.0f} s left", flush=True)
     return optimizer
 
 
 def parse_args(argv: list[str] | None = None):
+    """The flags, checked. A wrong flag ends in parser.error."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--steps", type=cli.natural, default=0, help="updates; 0: one epoch")
+    add("--steps", type=cli.natural, default=0, help="number of updates; 0: one epoch")
     add("--batch-rows", type=cli.positive_int, default=64, help="rows per update")
     add(
         "--max-tokens",
@@ -106,6 +107,7 @@ def parse_args(argv: list[str] | None = None):
         default=4096,
         help="prompt and response together are cut after this many tokens",
     )
+    add("--data", nargs="+", default=[], help='.jsonl files of rows with a "response", or folders')
     add(
         "--warmup-share",
         type=cli.fraction,
@@ -115,7 +117,6 @@ def parse_args(argv: list[str] | None = None):
     cli.add_flags(
         parser,
         "--model",
-        "--data",
         "--system-prompt",
         "--max-prompt-tokens",
         "--lr",
@@ -146,12 +147,12 @@ def encode_rows(args, tokenizer, limit: int) -> list[dict]:
     for row in rows:
         if not isinstance(row.get("response"), str):
             raise UserError(f'row {row["id"]}: field "response" is missing (sft.py trains on it)')
-    longest = min(args.max_prompt_tokens, limit - 1)  # a response needs room
+    longest = min(args.max_prompt_tokens, limit - 1)  # room for a token of the response
     return data.encode_prompts(rows, tokenizer, args.system_prompt, longest)
 
 
 def main(argv: list[str] | None = None) -> str:
-    """Train and save. Returns the checkpoint's folder."""
+    """Train as the flags say, and save. Returns the checkpoint's folder. Raises UserError."""
     args = parse_args(argv)
     name = resolve_model(args.model)
     if args.model == "toy":
@@ -163,7 +164,7 @@ def main(argv: list[str] | None = None) -> str:
     tokenizer, policy = load_policy(name, args.dtype)
     policy.device = ranks.device()
     policy.to(policy.device)
-    context = getattr(policy.model.config, "max_position_embeddings", 1 << 30)
+    context = getattr(policy.model.config, "max_position_embeddings", math.inf)
     limit = min(args.max_tokens, context)
     rows = encode_rows(args, tokenizer, limit)
     out = runs.open_run(args, "sft", write=False)
@@ -177,13 +178,13 @@ def main(argv: list[str] | None = None) -> str:
         policy,
         tokenizer,
         rows,
-        steps,
-        args.batch_rows,
-        args.lr,
-        warmup,
-        args.seed,
-        args.micro_batch_tokens,
-        limit,
+        steps=steps,
+        batch_rows=args.batch_rows,
+        lr=args.lr,
+        warmup_steps=warmup,
+        seed=args.seed,
+        micro_batch_tokens=args.micro_batch_tokens,
+        limit=limit,
         weight_decay=args.weight_decay,
     )
     runs.open_run(args, "sft")

@@ -8,6 +8,7 @@ import re
 import warnings
 
 from checkers import sandbox
+from checkers.sandbox_worker import lines_of
 from checkers.servers import http_json
 from common.errors import UserError
 
@@ -17,13 +18,13 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 
 
 def extract_code(answer: str) -> str:
-    """The last fenced block, or the whole answer."""
+    """The last fenced block of an answer, or the whole answer if it has none."""
     blocks = re.findall(r"```[ \t]*\w*[ \t]*\n(.*?)```", answer, re.DOTALL)
     return blocks[-1] if blocks else answer
 
 
 def parse_code(code: str) -> ast.Module | None:
-    """The syntax tree, or None where the code is not Python."""
+    """The syntax tree; None if the code is not Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -38,7 +39,7 @@ def parse_code(code: str) -> ast.Module | None:
 def evaluate(tree: ast.Module, variable: str, value: int) -> int | None:
     """The value of a program that is one expression of +, − and · in one variable.
 
-    It is computed on the syntax tree: nothing is run. None where the program is anything else.
+    It is computed on the syntax tree: nothing is run. None if the program is anything else.
     """
     if len(tree.body) != 1 or not isinstance(tree.body[0], ast.Expr):
         return None
@@ -49,7 +50,7 @@ def evaluate(tree: ast.Module, variable: str, value: int) -> int | None:
 
 
 def evaluate_node(node: ast.expr, variable: str, value: int) -> int:
-    """Raises ValueError for a node that does not belong into such an expression."""
+    """The value of a node. Raises ValueError for one that such an expression does not have."""
     if isinstance(node, ast.Constant) and type(node.value) is int:  # True is no number here
         return node.value
     if isinstance(node, ast.Name) and node.id == variable:
@@ -67,7 +68,7 @@ def evaluate_node(node: ast.expr, variable: str, value: int) -> int:
 def run_program(code: str, tests: dict, url: str) -> tuple[bool | None, str]:
     """(does the code pass all tests, why), by checkers.sandbox or, with a url, SandboxFusion.
 
-    None instead of True or False: the server failed, nobody knows. Raises UserError if this
+    None instead of True or False: the server failed, so nobody knows. Raises UserError if this
     machine cannot seal code.
     """
     if url:
@@ -79,7 +80,10 @@ def run_program(code: str, tests: dict, url: str) -> tuple[bool | None, str]:
 
 
 def run_on_server(code: str, tests: dict, url: str) -> tuple[bool | None, str]:
-    """By SandboxFusion's HTTP API. The tests' asserts run in the program itself there."""
+    """As run_program, by SandboxFusion's HTTP API.
+
+    There the tests' asserts run in the same process as the code.
+    """
     if "asserts" in tests:
         program = "\n".join((tests.get("setup", ""), code, tests["asserts"]))
         return run_once_on_server(program, "", None, url)
@@ -93,7 +97,7 @@ def run_on_server(code: str, tests: dict, url: str) -> tuple[bool | None, str]:
 def run_once_on_server(
     program: str, stdin: str, expected: str | None, url: str
 ) -> tuple[bool | None, str]:
-    """One program and input. expected: what it must print (None: anything)."""
+    """As run_program, for one input. expected: what the program must print (None: anything)."""
     request = {
         "code": program,
         "language": "python",
@@ -121,18 +125,21 @@ def run_once_on_server(
         return False, "timeout" if timed_out else "exception"
     if expected is not None:
         printed = result.get("stdout") or ""
-        if sandbox.lines_of(printed) != sandbox.lines_of(expected):
+        if lines_of(printed) != lines_of(expected):
             return False, "assertion"
     return True, "right"
 
 
 @functools.cache
 def check_sandbox() -> None:
-    """At first use: raise UserError where this machine cannot seal model-written code."""
-    refused = sandbox.self_test()  # {name of a probe: was it refused, "sealed": were all}
+    """Raise UserError if this machine cannot seal model-written code. The test runs only once."""
+    refused = sandbox.self_test()  # a probe's name → was it refused; "sealed" → were all refused
     if refused["sealed"]:
         return
-    allowed = [name for name, held in refused.items() if not held and name != "sealed"]
+    allowed = []
+    for probe, was_refused in refused.items():
+        if not was_refused and probe != "sealed":
+            allowed.append(probe)
     raise UserError(
         "this machine cannot seal model-written code "
         f"(not refused: {', '.join(allowed)}): give --sandbox-url, a SandboxFusion server, "

@@ -17,7 +17,10 @@ from common.rows import words_of
 
 
 def compare(count: int, relation: str | None, limit: int) -> bool:
-    """IFEval's two relations. Raises UserError for another."""
+    """Does the count stand in one of IFEval's two relations to the limit?
+
+    Raises UserError for another relation.
+    """
     if relation == "at least":
         return count >= limit
     if relation == "less than":
@@ -57,21 +60,21 @@ def letter_frequency(text: str, kwargs: dict) -> bool:
 
 
 def number_paragraphs(text: str, kwargs: dict) -> bool:
-    """`num_paragraphs` paragraphs, divided by ***. An empty one is allowed at either end only."""
+    """It has `num_paragraphs` paragraphs, divided by ***. Only the first or last may be empty."""
     paragraphs = [paragraph.strip() for paragraph in re.split(r"\s?\*\*\*\s?", text)]
     count = len([paragraph for paragraph in paragraphs if paragraph])
-    if not all(paragraphs[1:-1]):  # an empty one between others: none counts
+    if not all(paragraphs[1:-1]):  # with an empty one between others, none counts
         count = 0
     return count == kwargs["num_paragraphs"]
 
 
 def number_words(text: str, kwargs: dict) -> bool:
-    """The words are "at least" or "less than" `num_words`."""
+    """The number of words is "at least" or "less than" `num_words`."""
     return compare(len(words_of(text)), kwargs["relation"], kwargs["num_words"])
 
 
 def nth_paragraph_first_word(text: str, kwargs: dict) -> bool:
-    """`num_paragraphs` paragraphs, divided by empty lines.
+    """It has `num_paragraphs` paragraphs, divided by empty lines.
 
     Paragraph number `nth_paragraph`, from 1, begins with `first_word`, in any case.
     """
@@ -92,12 +95,12 @@ def nth_paragraph_first_word(text: str, kwargs: dict) -> bool:
 
 
 def number_placeholders(text: str, kwargs: dict) -> bool:
-    """At least `num_placeholders` stretches in [brackets]."""
+    """At least `num_placeholders` pieces stand in [brackets]."""
     return len(re.findall(r"\[.*?\]", text)) >= kwargs["num_placeholders"]
 
 
 def postscript(text: str, kwargs: dict) -> bool:
-    """A postscript that begins with `postscript_marker`, in any case; P.S. may be spaced."""
+    """A line has `postscript_marker`, in any case; P.S. and P.P.S may have spaces."""
     marker = kwargs["postscript_marker"]
     spaced = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
     pattern = spaced.get(marker, re.escape(marker.lower()))
@@ -105,7 +108,7 @@ def postscript(text: str, kwargs: dict) -> bool:
 
 
 def number_bullet_lists(text: str, kwargs: dict) -> bool:
-    """Exactly `num_bullets` lines that begin with * (one star only) or -."""
+    """Exactly `num_bullets` lines begin with * (one star only) or -."""
     stars = re.findall(r"^[^\S\n]*\*[^\*].*$", text, re.MULTILINE)
     dashes = re.findall(r"^[^\S\n]*-.*$", text, re.MULTILINE)
     return len(stars) + len(dashes) == kwargs["num_bullets"]
@@ -117,7 +120,7 @@ def constrained_response(text: str, kwargs: dict) -> bool:
 
 
 def number_highlighted_sections(text: str, kwargs: dict) -> bool:
-    """At least `num_highlights` stretches in *one star* or **two stars** that are not empty."""
+    """At least `num_highlights` pieces, not empty, stand in *one star* or **two stars**."""
     count = 0
     for section in re.findall(r"\*[^\n*]*\*", text):
         if section.strip("*").strip():
@@ -129,13 +132,13 @@ def number_highlighted_sections(text: str, kwargs: dict) -> bool:
 
 
 def multiple_sections(text: str, kwargs: dict) -> bool:
-    """At least `num_sections` sections that begin with `section_spliter` and a number."""
+    """At least `num_sections` sections begin with `section_spliter` and a number."""
     sections = re.split(rf"\s?{kwargs['section_spliter']}\s?\d+\s?", text)
     return len(sections) - 1 >= kwargs["num_sections"]
 
 
 def json_format(text: str, kwargs: dict) -> bool:
-    """JSON and nothing else, in a ```json fence or without."""
+    """It is JSON and nothing else, in a ```json fence or without."""
     text = re.sub(r"^```(json)?|```$", "", text.strip(), flags=re.IGNORECASE).strip()
     try:
         json.loads(text)
@@ -145,7 +148,7 @@ def json_format(text: str, kwargs: dict) -> bool:
 
 
 def title(text: str, kwargs: dict) -> bool:
-    """A title in <<double angle brackets>> that is not empty."""
+    """A title, not empty, stands in <<double angle brackets>>."""
     return any(match.strip("<>").strip() for match in re.findall(r"<<[^\n]+>>", text))
 
 
@@ -153,7 +156,10 @@ def title(text: str, kwargs: dict) -> bool:
 
 
 def two_responses(text: str, kwargs: dict) -> bool:
-    """Two different responses, divided by ******. An empty one is allowed at either end only."""
+    """It has two different responses, divided by ******.
+
+    Empty ones do not count, and may stand only at the two ends.
+    """
     responses = [response.strip() for response in text.split("******")]
     not_empty = [response for response in responses if response]
     if len(not_empty) != 2 or not_empty[0] == not_empty[1]:
@@ -167,22 +173,23 @@ def repeat_prompt(text: str, kwargs: dict) -> bool:
 
 
 def end_checker(text: str, kwargs: dict) -> bool:
-    """It ends with `end_phrase`, in any case; quotation marks around the whole do not count."""
+    """It ends with `end_phrase`, in any case; quotation marks around the text do not count."""
     return text.strip().strip('"').lower().endswith(kwargs["end_phrase"].strip().lower())
 
 
 def quotation(text: str, kwargs: dict) -> bool:
-    """The whole stands in double quotation marks."""
+    """All of it stands in double quotation marks."""
     text = text.strip()
     return len(text) > 1 and text[0] == '"' and text[-1] == '"'
 
 
 def no_comma(text: str, kwargs: dict) -> bool:
+    """It has no comma."""
     return "," not in text
 
 
 def toy_say(text: str, kwargs: dict) -> bool:
-    """`word`, `count` times, with `mark` between: tip-tip-tip. Nothing else."""
+    """It is `word`, `count` times, with `mark` between, and nothing else: tip-tip-tip."""
     return text == kwargs["mark"].join([kwargs["word"]] * kwargs["count"])
 
 
@@ -212,7 +219,10 @@ CONSTRAINTS = {
 
 
 def holds(constraint: dict, text: str) -> bool:
-    """Is one {"id", "kwargs"} of CONSTRAINTS met? Null arguments are IFEval's padding."""
+    """Does the text meet this {"id", "kwargs"}, an id of CONSTRAINTS?
+
+    Arguments that are null are IFEval's padding: they are left out.
+    """
     padded = constraint.get("kwargs") or {}
     kwargs = {name: value for name, value in padded.items() if value is not None}
     return CONSTRAINTS[constraint["id"]](text, kwargs)
@@ -230,7 +240,7 @@ def check_constraint(constraint: dict, row_id: str, by_package: bool) -> bool:
     name = constraint.get("id") if isinstance(constraint, dict) else None
     if by_package or name not in CONSTRAINTS:
         if name not in packaged_ids():
-            raise UserError(unknown_constraint(name, row_id))
+            raise UserError(unknown_constraint_message(name, row_id))
         return True
     try:
         holds(constraint, "")
@@ -242,7 +252,8 @@ def check_constraint(constraint: dict, row_id: str, by_package: bool) -> bool:
     return False
 
 
-def unknown_constraint(name: str | None, row_id: str) -> str:
+def unknown_constraint_message(name: str | None, row_id: str) -> str:
+    """The error's text. It names the package if that is not installed."""
     known = ", ".join(CONSTRAINTS)
     message = f"row {row_id}: unknown constraint {name}; known without a package: {known}"
     if not packaged_ids():
@@ -252,20 +263,20 @@ def unknown_constraint(name: str | None, row_id: str) -> str:
 
 @functools.cache
 def packaged_ids() -> set[str]:
-    """The constraint ids that if-verifiable knows; none where it is not installed."""
+    """The constraint ids that if-verifiable knows; none if it is not installed."""
     if importlib.util.find_spec("if_verifiable") is None:
         return set()
     return set(if_registry())
 
 
-tried_constraints: set[str] = set()  # as JSON
+tried_constraints: set[str] = set()  # those that try_packaged has run, as JSON
 
 
 def try_packaged(constraints: list[tuple[str, dict]]) -> None:
     """Run if-verifiable's checker of each (row id, constraint) once, on a plain text.
 
-    What cannot be checked at all must not count as broken. Raises UserError for arguments that the
-    checker does not take, and for missing NLTK data.
+    Otherwise a constraint that cannot be checked would count as one that is not met. Raises
+    UserError for arguments that the checker does not take, and for missing NLTK data.
     """
     untried = {}
     for row_id, constraint in constraints:

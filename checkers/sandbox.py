@@ -1,4 +1,4 @@
-"""Runs model-written code against tests so that the machine survives and the verdict is not forged.
+"""Run model-written code against tests so that the machine survives and no verdict is forged.
 
 Threat model. Reinforcement learning optimises against the verdict, so the code is adversarial: it
 may loop, allocate, fork, read the tests, patch builtins, return objects equal to everything, and
@@ -13,19 +13,17 @@ socket, fork, exec, kill, ptrace, prctl and prlimit. The modules of PRELOAD can 
 others. All of that is in sandbox_worker.py. It needs Linux on x86_64 or aarch64; no root, no
 namespaces, no packages.
 
-Guaranteed where self_test() holds: no file, process or socket beyond S and T; the limits; a verdict
-that only T can write.
-Still forgeable: weak tests (properties between the model's own functions, inputs that can be
-guessed).
-Failed although honest: generators, own classes compared by value, arguments mutated in place,
-files, processes, sockets.
+What is guaranteed if self_test() says "sealed": S and T use no other file, process or socket; the
+limits hold; only T can write a verdict.
+What is still forgeable: weak tests (properties between the model's own functions, inputs that can
+be guessed).
+What fails although it is honest: generators, own classes compared by value, arguments mutated in
+place, files, processes, sockets.
 
-Verdict.why: passed, assertion, exception:<Name>, timeout, memory, syntax, no-call (the tests called
-nothing), cannot-cross, import-missing, sealed-refusal, crashed.
+Verdict.why is one of: passed, assertion, exception:<Name>, timeout, memory, syntax, no-call (the
+tests called nothing), cannot-cross, import-missing, sealed-refusal, crashed.
 """
 
-import concurrent.futures
-import os
 import platform
 import queue
 import subprocess
@@ -34,21 +32,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from checkers.sandbox_worker import MACHINES, Gone, receive, send
-from checkers.sandbox_worker import lines_of as lines_of  # checkers/code.py compares by it, too
 
-CORES = os.cpu_count() or 1
 UNSAFE = False  # True (--allow-unsafe-code): no seccomp; the two processes and the limits stay
 
 idle: queue.SimpleQueue = queue.SimpleQueue()  # workers that wait for a job
 
 
 def allow_unsafe(allowed: bool) -> None:
-    """Whether workers that start from here on may run code that this machine cannot seal."""
+    """Set whether workers that start from now on run without the seal."""
     global UNSAFE
     UNSAFE = allowed
 
 
 class Verdict(NamedTuple):
+    """What the tests say of the code."""
+
     passed: bool
     why: str
 
@@ -71,7 +69,7 @@ def start_worker() -> subprocess.Popen:
 
 
 def ask_worker(job: dict) -> str | None:
-    """The word of one job's verdict, or None if the worker died over it."""
+    """The word of one job's verdict, by an idle worker or a new one; None if the worker died."""
     try:
         worker = idle.get_nowait()
     except queue.Empty:
@@ -87,10 +85,10 @@ def ask_worker(job: dict) -> str | None:
     return why
 
 
-def ask(job: dict) -> str:
+def ask_twice(job: dict) -> str:
     """The word of one job's verdict; "crashed" if two workers died over it.
 
-    The second try is there because a worker may have been killed from outside.
+    There is a second try because a worker may have been killed from outside.
     """
     for _ in range(2):
         why = ask_worker(job)
@@ -100,12 +98,12 @@ def ask(job: dict) -> str:
 
 
 def split_tests(tests: dict) -> list[dict]:
-    """What a job is made of, one by one: all asserts together, or each input with its output."""
+    """The tests of each job: all asserts together, or one input with its output."""
     if "asserts" in tests:
         return [tests]
     inputs = tests.get("inputs", [])
     outputs = tests.get("outputs", [])
-    return [{"input": i, "output": o} for i, o in zip(inputs, outputs, strict=True)]
+    return [{"input": stdin, "output": out} for stdin, out in zip(inputs, outputs, strict=True)]
 
 
 def run(code: str, tests: dict, timeout: float = 5.0, memory_mb: int = 1024) -> Verdict:
@@ -118,23 +116,18 @@ def run(code: str, tests: dict, timeout: float = 5.0, memory_mb: int = 1024) -> 
     program's stdout must equal the output line by line, trailing white space aside. timeout (in
     seconds of wall clock) and memory_mb (in MiB) hold for each input.
     """
-    parts = split_tests(tests)
-    if not parts:
+    tests_of_jobs = split_tests(tests)
+    if not tests_of_jobs:
         return Verdict(False, "no-call")
-    for part in parts:
-        job = {"code": code, "tests": part, "timeout": timeout, "memory": memory_mb << 20}
-        why = ask(job)
+    for job_tests in tests_of_jobs:
+        job = {"code": code, "tests": job_tests, "timeout": timeout, "memory": memory_mb << 20}
+        why = ask_twice(job)
         if why != "passed":
             return Verdict(False, why)
     return Verdict(True, "passed")
 
 
-def run_many(jobs: list[tuple], workers: int | None = None) -> list[Verdict]:
-    """run(*job) for each job, in order, on at most as many workers as there are cores."""
-    with concurrent.futures.ThreadPoolExecutor(min(workers or CORES, CORES)) as pool:
-        return list(pool.map(lambda job: run(*job), jobs))
-
-
+# What a sealed process must not be able to do, one call each.
 PROBES = {
     "open": "open('/dev/null')",
     "fork": "os.fork()",
@@ -153,7 +146,7 @@ def probe():
 
 
 def self_test() -> dict[str, bool]:
-    """Whether this machine seals: for each of PROBES, is it refused; and "sealed", are all."""
+    """For each of PROBES, whether this machine refuses it; for "sealed", whether it refuses all."""
     machine_is_known = sys.platform == "linux" and platform.machine() in MACHINES
     refused = {}
     for name, attempt in PROBES.items():

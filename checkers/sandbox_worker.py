@@ -190,9 +190,10 @@ def prctl(option: int, value: int, pointer=None) -> None:
 
 
 def seal(seconds: float, memory: int) -> None:
-    """Give up everything but computing, in this process and for good; memory in bytes.
+    """Give up everything but computing, in this process and for good.
 
-    Raises OSError if the kernel does not seal: then nothing of the job runs.
+    seconds: of CPU time. memory: bytes of address space. Raises OSError if the kernel does not
+    seal: then nothing of the job runs.
     """
     limits = {
         resource.RLIMIT_AS: memory,
@@ -201,14 +202,15 @@ def seal(seconds: float, memory: int) -> None:
         resource.RLIMIT_CORE: 0,  # a crash leaves no file
     }
     for kind, limit in limits.items():
-        # The hard limit as well, so that the process cannot raise it again.
+        # Soft and hard limit, so that the process cannot raise it again.
         resource.setrlimit(kind, (limit, limit))
     if UNSAFE:
         return
 
-    instructions = [struct.pack("=HBBI", *line) for line in seccomp_program(platform.machine())]
-    code = ctypes.create_string_buffer(b"".join(instructions))
-    program = struct.pack("@HP", len(instructions), ctypes.addressof(code))  # struct sock_fprog
+    instructions = seccomp_program(platform.machine())
+    packed = [struct.pack("=HBBI", *instruction) for instruction in instructions]
+    code = ctypes.create_string_buffer(b"".join(packed))
+    program = struct.pack("@HP", len(packed), ctypes.addressof(code))  # struct sock_fprog
     # No other process of this user can trace it or read its memory.
     prctl(PR_SET_DUMPABLE, 0)
     # The kernel asks this of a process that sets a filter without being root.
@@ -223,19 +225,20 @@ def seal(seconds: float, memory: int) -> None:
 
 
 class Gone(BaseException):
-    """The other side ended. No Exception, so that no test can catch it."""
+    """The other side ended. It is no Exception, so that no test can catch it."""
 
 
 class CannotCross(BaseException):
-    """A value is not plain data. No Exception, so that no test can catch it."""
+    """A value is not plain data. It is no Exception, so that no test can catch it."""
 
 
-# Exact, and with no limit of digits.
+# These texts are exact, and have no limit of digits.
 TO_TEXT = {str: str, int: hex, float: float.hex, complex: repr, bytes: bytes.hex}
 CONTAINERS = (list, tuple, set, frozenset, dict)
 
 
 def from_hex(text: str) -> int:
+    """The inverse of hex()."""
     return int(text, 16)
 
 
@@ -250,7 +253,7 @@ CONTAINER_OF_NAME = {kind.__name__: kind for kind in CONTAINERS}
 
 
 def kind_of(value):
-    """The builtin type that a value is of, or extends; None where it is no plain data."""
+    """The builtin type that a value has or extends; None if it is no plain data."""
     for kind in (*TO_TEXT, *CONTAINERS):
         if isinstance(value, kind):
             return kind
@@ -258,7 +261,7 @@ def kind_of(value):
 
 
 def encode(value, encode_other):
-    """Plain data as tagged JSON; encode_other(value) for everything else."""
+    """A value as tagged JSON, and encode_other(value) for what in it is not plain data."""
     if value is None or type(value) is bool:
         return value
     kind = kind_of(value)
@@ -329,19 +332,19 @@ def open_streams() -> None:
     os.fstat = prepared_fstat
 
 
-def find_target(path: list, namespace: dict, kept: list):
-    """What T calls: a name of the solution, or a kept object's number, and then attributes."""
+def find_target(path: list, namespace: dict, objects: list):
+    """The object at a Handle's path: a name or an object's number, then attributes."""
     first, *attributes = path
-    target = namespace[first] if isinstance(first, str) else kept[first]
+    target = namespace[first] if isinstance(first, str) else objects[first]
     for name in attributes:
         target = getattr(target, name)
     return target
 
 
 def error_reply(error: BaseException) -> list:
-    """What T is told of an error: its name and text.
+    """What S tells T of an error: its name and text.
 
-    sys.exit() and sys.exit(0) are told apart from errors, because good programs end with them.
+    sys.exit() and sys.exit(0) get a name of their own, because good programs end with them.
     """
     clean = isinstance(error, SystemExit) and error.code in (None, 0)
     return ["error", "clean exit" if clean else type(error).__name__, str(error)[:1000]]
@@ -350,18 +353,18 @@ def error_reply(error: BaseException) -> list:
 def solution() -> None:
     """S: run the source, then answer T's calls until it is killed.
 
-    Whatever the model's code raises is told to T.
+    S tells T whatever the model's code raises.
     """
     from_t = open(SIDE_S, "rb")
     to_t = open(SIDE_S, "wb")
     source, setup, seconds, memory, module_name = receive(from_t)
     open_streams()
     namespace = {"__name__": module_name}
-    kept = []  # objects that T holds handles of
+    objects = []  # those that T holds handles of
 
-    def keep(value):
-        kept.append(value)
-        return ["handle", len(kept) - 1]
+    def keep_object(value):
+        objects.append(value)
+        return ["handle", len(objects) - 1]
 
     call = None  # the first round runs the source
     while True:
@@ -375,15 +378,15 @@ def solution() -> None:
                 value = None
             else:
                 path, args, kwargs = call
-                target = find_target(path, namespace, kept)
+                target = find_target(path, namespace, objects)
                 value = target(*decode(args, None), **decode(kwargs, None))
-            reply = ["value", encode(value, keep)]
+            reply = ["value", encode(value, keep_object)]
         except BaseException as error:  # SystemExit and KeyboardInterrupt as well
             reply = error_reply(error)
         try:
             sys.stdout.flush()
         except Exception:
-            pass  # the model's code may have closed or replaced it: then what it printed is lost
+            pass  # the model's code closed or replaced stdout: what it printed is lost
         send(to_t, reply)
         call = receive(from_t)
 
@@ -393,9 +396,9 @@ def solution() -> None:
 
 
 def catchable_errors() -> dict:
-    """By name: Python's exceptions, as T raises them again so that tests may expect them.
+    """Python's exceptions by name: T raises them again, so that tests may expect them.
 
-    Left out: those that steer loops (StopIteration) and those that are not made from one text.
+    Those that steer loops (StopIteration) and those that are not made from one text are left out.
     """
     errors = {}
     for name, error in vars(builtins).items():
@@ -407,8 +410,8 @@ def catchable_errors() -> dict:
 
 ERRORS = catchable_errors()
 
-# The verdict's word by the name of the exception that ended T's work; of any other:
-# exception:<Name>.
+# The name of the exception that ended T's work → the verdict's word. For any other exception the
+# word is exception:<Name>.
 WHY_OF_ERROR = {
     "Gone": "crashed",
     "BrokenPipeError": "crashed",
@@ -434,7 +437,7 @@ class Solution:
     def reply(self):
         """The value that S sends.
 
-        Raises the error that S tells instead, and CannotCross for what is neither.
+        Raises the error if S sends one instead, and CannotCross if it sends neither.
         """
         try:
             kind, *content = receive(self.from_s)
@@ -449,6 +452,7 @@ class Solution:
 
 
 def refuse(*_):
+    """What a Handle does when it is used as a value."""
     raise CannotCross
 
 
@@ -513,7 +517,7 @@ def why_failed(error: BaseException, loaded: bool) -> str:
 
 
 def judge(code: str, tests: dict, timeout: float, memory: int) -> str:
-    """T: start S on the code, hold it against the tests, and return the verdict's word."""
+    """T: start S on the code, test it, and return the verdict's word."""
     connection = Solution()
     is_program = "output" in tests  # stdin → stdout, not functions
     module_name = "__main__" if is_program else "solution"
@@ -543,9 +547,9 @@ def judge(code: str, tests: dict, timeout: float, memory: int) -> str:
 
 
 def run_tests() -> None:
-    """T: read a job, judge it and tell the verdict.
+    """T: read a job, judge it and send the verdict.
 
-    It runs under an alarm that ends it: nothing in T handles the signal.
+    T runs under an alarm that ends it, because nothing in T handles the signal.
     """
     try:
         job = receive(open(JOB, "rb"))
@@ -561,7 +565,7 @@ def run_tests() -> None:
 
 
 def start_child(body, descriptors: set[int]) -> int:
-    """Fork a process that runs body() with these descriptors alone; its process id."""
+    """Fork a process that runs body() with these descriptors alone. Returns its process id."""
     process_id = os.fork()
     if process_id:
         return process_id
@@ -599,16 +603,16 @@ def prepare() -> None:
 def do_job() -> bool:
     """Fork S and T, wait for T, kill S. Returns False when there are no more jobs.
 
-    Where T ended without a verdict, by its alarm or by a crash, the worker tells it.
+    If T ended without a verdict, by its alarm or by a crash, the worker sends one.
     """
     make_descriptors()
-    s = start_child(solution, {INPUT, OUTPUT, SIDE_S})
-    t = start_child(run_tests, {JOB, VERDICT, INPUT, OUTPUT, SIDE_T})
+    s_id = start_child(solution, {INPUT, OUTPUT, SIDE_S})
+    t_id = start_child(run_tests, {JOB, VERDICT, INPUT, OUTPUT, SIDE_T})
     for fd in EACH_JOB:  # so that only S and T hold them, and each sees it when the other ends
         os.close(fd)
-    _, status = os.waitpid(t, 0)
-    os.kill(s, signal.SIGKILL)  # T has decided; S may be running still
-    os.waitpid(s, 0)
+    _, status = os.waitpid(t_id, 0)
+    os.kill(s_id, signal.SIGKILL)  # T has decided; S may still be running
+    os.waitpid(s_id, 0)
 
     exit_code = os.waitstatus_to_exitcode(status)  # −n: signal n ended it
     if exit_code == NO_MORE_JOBS:

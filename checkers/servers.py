@@ -15,12 +15,12 @@ from common.errors import UserError
 from common.files import RUNS
 from common.keys import hash_of
 
-HTTP_SECONDS = 120  # of silence that a server may take
-BACKOFF_SECONDS = 0.5  # before a failed call is made again; doubled each time
-CALLS_AT_ONCE = 16
+HTTP_SECONDS = 120  # how long a server may be silent
+BACKOFF_SECONDS = 0.5  # the wait before a failed call is made again; doubled each time
+CALLS_AT_ONCE = 16  # so that a server can batch them
 GIVE_UP_AFTER = 32  # failed calls to a server that never answered
 HOPELESS = (400, 401, 403, 404)  # HTTP errors that the same call would meet again
-REPLIES = RUNS / "replies.sqlite"
+REPLIES = RUNS / "replies.sqlite"  # all runs share it
 
 
 def http_json(url: str, body: dict | None = None) -> dict:
@@ -30,7 +30,7 @@ def http_json(url: str, body: dict | None = None) -> dict:
     a reply that is not JSON.
     """
     headers = {"Content-Type": "application/json"}
-    # The key is no flag, because flags are written to args.json. It is not for a sandbox's server.
+    # The key is no flag, because flags are written to args.json. Sandbox servers do not get it.
     key = os.environ.get("OPENAI_API_KEY")
     if key and "/v1/" in url:
         headers["Authorization"] = f"Bearer {key}"
@@ -41,9 +41,9 @@ def http_json(url: str, body: dict | None = None) -> dict:
 
 
 def call_with_retries(call, server: str, retries: int):
-    """What call() returns; after `retries` + 1 failures the UserError that names the last one.
+    """What call() returns or, after `retries` + 1 failures, a UserError that names the last one.
 
-    Between tries it waits 1, 2, 4 … times BACKOFF_SECONDS.
+    The waits between calls are 1, 2, 4 … times BACKOFF_SECONDS.
     """
     for attempt in range(retries + 1):
         try:
@@ -65,12 +65,12 @@ def call_with_retries(call, server: str, retries: int):
 
 
 def ask_all(base: str, prompts: list[str], who: str, retries: int = 3) -> list[str | UserError]:
-    """A greedy completion per prompt; a UserError instead where all `retries` + 1 calls failed.
+    """A greedy completion per prompt, or a UserError if all `retries` + 1 calls for it failed.
 
     base: the server's address. who: verifier, judge or critic, for messages.
-    Replies are kept in REPLIES by the exact request (address, model, prompt): what was asked once,
-    by this run or another, is not asked again. Failures are not kept. A server that answers none of
-    GIVE_UP_AFTER calls is not asked the rest.
+    Replies are cached in REPLIES by the exact request (address, model, prompt): what was asked
+    once, by this run or another, is not asked again. Failures are not cached. A server that answers
+    none of GIVE_UP_AFTER calls is not asked the rest.
     """
     base = base.rstrip("/").removesuffix("/v1")
     server = f"{who} at {base}"
@@ -90,7 +90,7 @@ def ask_all(base: str, prompts: list[str], who: str, retries: int = 3) -> list[s
     # isolation_level=None: each reply is written as it comes, and no transaction locks the file.
     connection = sqlite3.connect(REPLIES, timeout=60, isolation_level=None)
     with contextlib.closing(connection) as cache:
-        replies = kept_replies(cache, keys)
+        replies = cached_replies(cache, keys)
         new_bodies = {key: body for key, body in zip(keys, bodies) if key not in replies}
         new_replies = ask_new(base, list(new_bodies.values()), server, retries)
         for key, reply in zip(new_bodies, new_replies):
@@ -101,8 +101,8 @@ def ask_all(base: str, prompts: list[str], who: str, retries: int = 3) -> list[s
     return [replies[key] for key in keys]
 
 
-def kept_replies(cache: sqlite3.Connection, keys: list[str]) -> dict[str, str]:
-    """{key: reply} of the keys that the cache knows."""
+def cached_replies(cache: sqlite3.Connection, keys: list[str]) -> dict[str, str]:
+    """{key: reply} of the keys that are in the cache."""
     cache.execute("create table if not exists replies (key text primary key, reply text)")
     replies = {}
     for key in keys:
@@ -114,15 +114,15 @@ def kept_replies(cache: sqlite3.Connection, keys: list[str]) -> dict[str, str]:
 
 def ask_new(base: str, bodies: list[dict], server: str, retries: int):
     """Yield the reply, or the UserError, of each request: in order, and as soon as it is there."""
-    count = collections.Counter()  # of calls "answered" and "failed", by all threads
+    counts = collections.Counter()  # requests "answered" and "failed", of all threads
 
     def ask(body):
-        if count["failed"] >= GIVE_UP_AFTER and not count["answered"]:
+        if counts["failed"] >= GIVE_UP_AFTER and not counts["answered"]:
             return UserError(
-                f"{server}: not asked, because it answered none of {count['failed']} calls"
+                f"{server}: not asked, because it answered none of {counts['failed']} calls"
             )
         reply = call_with_retries(lambda: completion(base, body), server, retries)
-        count["failed" if isinstance(reply, UserError) else "answered"] += 1
+        counts["failed" if isinstance(reply, UserError) else "answered"] += 1
         return reply
 
     with concurrent.futures.ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
@@ -130,5 +130,6 @@ def ask_new(base: str, bodies: list[dict], server: str, retries: int):
 
 
 def completion(base: str, body: dict) -> str:
+    """The text of one reply. Raises what http_json raises, and KeyError and the like."""
     reply = http_json(f"{base}/v1/chat/completions", body)
     return str(reply["choices"][0]["message"]["content"] or "")

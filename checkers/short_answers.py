@@ -5,20 +5,20 @@ from fractions import Fraction
 
 # ---------------- math ----------------
 
-# What names the value in "m + n = 113". In "4 + 4 = 8" it is no name: there something is computed.
-NAME = re.compile(r"^[A-Za-z\s+*/^(){}\\_-]*=(?=[^=]*$)")
+# "m + n =", the left side of "m + n = 113". In "4 + 4 = 8" the left side is a computation instead.
+LEFT_SIDE = re.compile(r"^[A-Za-z\s+*/^(){}\\_-]*=(?=[^=]*$)")
 
 
-def without_name(answer: str, reference: str) -> str:
-    """The answer without bold marks and, where the reference is no equation, without a name."""
+def without_variable(answer: str, reference: str) -> str:
+    """The answer without bold marks and, if the reference is no equation, without its left side."""
     answer = answer.strip("* ")
     if "=" in reference:
         return answer
-    return NAME.sub("", answer)
+    return LEFT_SIDE.sub("", answer)
 
 
 def equal_at_sight(answer: str, reference: str) -> bool | None:
-    """Are they equal? None where that takes symbolic comparison."""
+    """Are the answer and the reference equal? None if that takes a symbolic comparison."""
     if answer == reference.strip():
         return True
     number = plain_number(answer.strip("$. "))
@@ -33,7 +33,10 @@ def equal_at_sight(answer: str, reference: str) -> bool | None:
 
 
 def plain_number(text: str) -> Fraction | None:
-    """The value of an integer or a decimal number; commas may divide the thousands."""
+    """The value of an integer or a decimal number; commas may divide the thousands.
+
+    At most 40 digits, because int() refuses texts of thousands of them.
+    """
     if re.fullmatch(r"\$?-?\d{1,3}(,\d{3})+\$?", text.strip()):
         text = text.strip().strip("$").replace(",", "")
     if re.fullmatch(r"[-+]?\d{1,40}(\.\d{1,40})?", text.strip()):
@@ -42,9 +45,9 @@ def plain_number(text: str) -> Fraction | None:
 
 
 def unevaluated(answer: str) -> bool:
-    """Is there something left to compute: 4+4-2, 17*23, 5!, an integral, or 1=3?
+    """Is there something left to compute, as in 4+4-2, 17*23, 5!, an integral, or 1=3?
 
-    a·10^n, roots and fractions are values. So is what follows a name: x = 3.
+    a·10^n, roots and fractions are values. So is what follows a variable, as in x = 3.
     """
     text = re.sub(r"(\\times|\\cdot|[*×·])\s*10\s*\^", "e", answer)
     if re.search(r"[\w)}\]]\s*([-+*×·!]|\\times|\\cdot)|\\(int|sum|prod|binom|lim)", text):
@@ -56,11 +59,11 @@ def unevaluated(answer: str) -> bool:
 
 
 def short_answer_equal(answer: str, reference: str, match: str | None = None) -> bool:
-    """Is a short answer the reference? By the reference's kind:
+    """Is a short answer the reference? That depends on the reference's kind:
 
-    an option's letter   the answer names this option alone; its text may stand behind it
-    a number             integers exactly, others within 1 %; units must not differ
-    another text         equal up to case, articles, quotation marks and white space
+    an option's letter   the answer names this option alone; its text may follow
+    a number             integers must be equal, others within 1 %; units must not differ
+    another text         the texts are equal up to case, articles, quotation marks, white space
 
     match="last-word" (a row's "match"): only the last word counts.
     """
@@ -93,7 +96,7 @@ NUMBER = re.compile(
 
 
 def quantities_equal(quantity: re.Match, reference: re.Match) -> bool:
-    """Two matches of NUMBER. A reference that is no integer is met within 1 %."""
+    """Are two matches of NUMBER equal, or within 1 % if the reference is no integer?"""
     x, y = number_value(quantity[1]), number_value(reference[1])
     is_integer = re.fullmatch(r"[-+]?[\d,]+", reference[1])
     tolerance = 1e-9 if is_integer else 0.01
@@ -101,12 +104,17 @@ def quantities_equal(quantity: re.Match, reference: re.Match) -> bool:
 
 
 def number_value(number: str) -> float:
+    """The value of NUMBER's first group."""
     numerator, _, denominator = number.replace(",", "").partition("/")
     return float(numerator) / float(denominator or 1)
 
 
 def units_agree(unit: str | None, reference_unit: str | None) -> bool:
-    """A unit may be left out. An answer alone may have one of a single word, never "or four"."""
+    """Do the units not differ?
+
+    An answer may leave the unit out. If the reference has none, an answer may have a unit of one
+    word other than %; two words may be "or four".
+    """
     if not unit or unit == reference_unit:
         return True
     if reference_unit:
@@ -117,7 +125,7 @@ def units_agree(unit: str | None, reference_unit: str | None) -> bool:
 def option_letter(answer: str) -> str | None:
     """The one option that an answer names: alone, before its text, or in a last "the answer is C".
 
-    None where it names none, or hedges ("B or C", "A. B. C.").
+    None if it names none, or hedges ("B or C", "A. B. C.").
     """
     text = re.sub(r"\\(?:text|math)(?:rm|bf|sf|tt|it)?\{(.*?)\}", r"\1", answer)
     text = text.replace("*", "").replace("$", "").strip()

@@ -1,8 +1,8 @@
 """Checkers of other packages: math-verify, reasoning-gym, IFEval, IFBench, BFCL, WritingBench.
 
-All packages are imported late: only rows that need one ask for it. A function import_* does that
-alone, so that a worker process (checkers.workers) does not count it as a job's time. A job is a
-dict of plain JSON.
+All packages are imported late, because only rows that need one ask for it. The functions import_*
+do nothing else, so that a worker process (checkers.workers) does not count it as a job's time. A
+job is a dict of plain JSON.
 """
 
 import ast
@@ -18,13 +18,14 @@ from common.packages import package_path
 
 
 def import_math_verify():
+    """The package's module."""
     import math_verify
 
     return math_verify
 
 
 def math_equal(job: dict) -> bool:
-    """Are {"gold", "answer"} equal as mathematics? Boxed, each is read as one expression."""
+    """Are "gold" and "answer" equal as mathematics? In a box, each is read as one expression."""
     math_verify = import_math_verify()
     gold, answer = [
         math_verify.parse(f"\\boxed{{{job[name].strip('$ ')}}}", parsing_timeout=None)
@@ -37,6 +38,7 @@ def math_equal(job: dict) -> bool:
 
 
 def import_reasoning_gym():
+    """The package's module."""
     import reasoning_gym
 
     return reasoning_gym
@@ -44,6 +46,7 @@ def import_reasoning_gym():
 
 @functools.cache
 def gym_dataset(task: str, size: int, seed: int):
+    """The dataset of these arguments; it is made only once."""
     return import_reasoning_gym().create_dataset(task, size=size, seed=seed)
 
 
@@ -60,7 +63,7 @@ def gym_right(job: dict) -> bool:
 
 
 def if_registry() -> dict:
-    """{id: checker class} of IFEval and IFBench. Raises UserError without the package."""
+    """{id: checker class} of IFEval and IFBench. Raises UserError if the package is missing."""
     package_path("if_verifiable")
     from if_verifiable.ifbench import instructions_registry as ifbench
     from if_verifiable.ifeval import instructions_registry as ifeval
@@ -69,6 +72,7 @@ def if_registry() -> dict:
 
 
 def import_if_verifiable():
+    """(if_registry(), evaluate_instructions) of the package."""
     registry = if_registry()
     from if_verifiable.common import evaluate_instructions
 
@@ -96,8 +100,8 @@ def if_met(job: dict) -> bool:
 def import_bfcl():
     """(ast_checker, Language) of the package.
 
-    It imports every vendor's SDK to fill one table of model names. A module without them takes the
-    table's place, with one setting for every model.
+    The package imports every vendor's SDK to fill one table of model names. Here a module that
+    needs no SDK takes that table's place, with one setting for every model.
     """
     package_path("bfcl_eval")
     model_config = types.ModuleType("bfcl_eval.constants.model_config")
@@ -136,7 +140,8 @@ def critic_prompts(row: dict, response: str) -> list[str]:
     """A prompt per criterion of the row (five per task), in the words the critic was trained on.
 
     inspect-evals has these words, in a module that imports packages no row here needs. So only the
-    one function that makes the prompt is taken out of its source. Raises UserError without it.
+    one function that makes the prompt is taken out of its source. Raises UserError if the package
+    is missing.
     """
     path = package_path("inspect_evals", "writingbench/writingbench.py")
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -157,7 +162,7 @@ def critic_prompts(row: dict, response: str) -> list[str]:
 
 
 def critic_score(reply: str) -> float | None:
-    """The critic's score, from 1 to 10, or None where the reply names none."""
+    """The critic's score, from 1 to 10; None if the reply names none."""
     match = re.search(r"\"score\"\s*:\s*\"?(\d+(?:\.\d+)?)", reply)
     if match is None:
         return None

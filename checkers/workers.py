@@ -2,7 +2,7 @@
 
 `python -m checkers.workers`, run from the repository's root, reads one job per line of stdin, as
 JSON, and writes its verdict as a line of JSON. The kernel's timer kills it when a job takes longer
-than MATH_SECONDS.
+than JOB_SECONDS.
 
     {"check": "math", "gold": "\\frac12", "answer": "0.5"}   →   "right"
 """
@@ -22,8 +22,8 @@ from pathlib import Path
 from checkers import third_party
 from common.errors import UserError
 
-WORKERS = max(1, min(8, os.cpu_count() or 2))
-MATH_SECONDS = 5  # wall-clock limit of one job
+WORKERS = max(1, min(8, os.cpu_count() or 2))  # processes; each holds a package of its own
+JOB_SECONDS = 5  # wall-clock limit of one job, without imports
 MEMORY_BYTES = 4 << 30  # of a worker's address space
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,7 +55,7 @@ class Worker:
         )
 
     def ask(self, job: dict) -> str | None:
-        """The worker's verdict, or None when it died over the job."""
+        """The worker's verdict, or None if it died over the job."""
         try:
             self.process.stdin.write(json.dumps(job) + "\n")
             self.process.stdin.flush()
@@ -79,6 +79,7 @@ idle_workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
 
 @atexit.register
 def close_workers() -> None:
+    """End the workers that wait for a job."""
     while not idle_workers.empty():
         idle_workers.get_nowait().close()
 
@@ -122,13 +123,13 @@ def worker_loop() -> None:
     handler would run only when the interpreter comes back from a long computation.
     """
     verdicts = sys.stdout
-    sys.stdout = sys.stderr  # what a package prints is no verdict
+    sys.stdout = sys.stderr  # what a package prints must not be read as a verdict
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     for line in sys.stdin:
         job = json.loads(line)
         import_packages, check = CHECKS[job.pop("check")]
         import_packages()
-        signal.setitimer(signal.ITIMER_REAL, MATH_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, JOB_SECONDS)
         try:
             verdict = "right" if check(job) else "wrong"
         except Exception as error:  # third-party code met a model's text: the answer is not right

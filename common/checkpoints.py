@@ -1,6 +1,6 @@
 """Checkpoints: a folder that from_pretrained and vLLM open, with the trainer's state beside it.
 
-A kill at any moment leaves the last whole one. Any number of ranks can resume it.
+A kill at any moment leaves the last complete checkpoint. Any number of ranks can resume it.
 """
 
 import copy
@@ -28,11 +28,12 @@ from common.files import write_text
 
 
 def save_folder(link: Path, tag: str, write) -> None:
-    """Fill a new folder `<link>-<tag>` by write(folder), then let `link` point to it.
+    """Fill a new folder `<link>-<tag>` by write(folder), then let the symbolic link point to it.
 
-    `link` moves by one rename, and older folders are deleted after it. So a kill at any moment
-    leaves `link` at the last whole folder; what a killed save left behind, the next one deletes.
-    Every rank calls this and writes; the first makes the folder and the rename. Raises UserError.
+    The link moves by one rename, and older folders are deleted after that. So the link points to a
+    complete folder at every moment. The next save deletes what a killed save has left behind.
+    Every rank calls this and runs write(); rank 0 alone makes and renames folders. Raises UserError
+    if a file cannot be written.
     """
     temporary = link.with_name(f"{link.name}-{tag}.tmp")
     folder = link.with_name(f"{link.name}-{tag}")
@@ -62,68 +63,73 @@ def save_folder(link: Path, tag: str, write) -> None:
 
 
 def save_model(folder: Path, model, tokenizer, tensors, shard_bytes: int = 4 << 30) -> None:
-    """Write a model folder from (name, tensor) pairs as they come.
+    """Write a model's folder: weights, configuration, generation configuration, tokenizer.
 
-    One shard of at most `shard_bytes` is in memory at a time. Only the first rank writes; the
-    others draw their pairs too, because drawing them may be a collective.
+    tensors: (name, tensor) pairs, written as they come: one shard of at most `shard_bytes` is in
+    memory at a time. Only rank 0 writes. The other ranks take their pairs too, because the next
+    pair may need a collective.
     """
     if not ranks.is_first():
         for _ in tensors:
             pass
         return
-
-    shards = []  # the shard files written so far
-    shard = {}  # name → tensor, of the shard that is being filled
-    shard_of, size = {}, 0  # name → the number of its shard; bytes of all tensors
-    dtype = None
-
-    def flush():
-        path = folder / f"model-{len(shards) + 1:05d}.safetensors"
-        save_file(shard, path, metadata={"format": "pt"})
-        shards.append(path)
-        shard.clear()
-
-    for name, tensor in tensors:
-        shard_size = sum(held.nbytes for held in shard.values())
-        if shard and shard_size + tensor.nbytes > shard_bytes:
-            flush()
-        shard[name] = tensor.cpu().contiguous()
-        shard_of[name] = len(shards)
-        size += tensor.nbytes
-        dtype = tensor.dtype
-    flush()
-
-    if len(shards) == 1:
-        shards[0].rename(folder / "model.safetensors")
-    else:
-        file_names = []
-        for number, path in enumerate(shards, 1):
-            file_names.append(f"model-{number:05d}-of-{len(shards):05d}.safetensors")
-            path.rename(folder / file_names[-1])
-        weight_map = {name: file_names[number] for name, number in shard_of.items()}
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
-
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.dtype = dtype
+    config.dtype = save_weights(folder, tensors, shard_bytes)
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_weights(folder: Path, tensors, shard_bytes: int) -> torch.dtype:
+    """Write model.safetensors, or several shards and their index. Returns the tensors' dtype."""
+    shard_paths = []  # the files written so far
+    shard = {}  # name → tensor, of the shard that is being filled
+    shard_numbers = {}  # tensor's name → the number of its shard, from 0
+    total_size = 0  # bytes of all tensors
+    dtype = None
+
+    def write_shard():
+        path = folder / f"model-{len(shard_paths) + 1:05d}.safetensors"
+        save_file(shard, path, metadata={"format": "pt"})
+        shard_paths.append(path)
+        shard.clear()
+
+    for name, tensor in tensors:
+        shard_size = sum(member.nbytes for member in shard.values())
+        if shard and shard_size + tensor.nbytes > shard_bytes:
+            write_shard()
+        shard[name] = tensor.cpu().contiguous()
+        shard_numbers[name] = len(shard_paths)
+        total_size += tensor.nbytes
+        dtype = tensor.dtype
+    write_shard()
+
+    if len(shard_paths) == 1:
+        shard_paths[0].rename(folder / "model.safetensors")
+        return dtype
+    file_names = []
+    for number, path in enumerate(shard_paths, 1):
+        file_names.append(f"model-{number:05d}-of-{len(shard_paths):05d}.safetensors")
+        path.rename(folder / file_names[-1])
+    weight_map = {name: file_names[number] for name, number in shard_numbers.items()}
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
+    return dtype
 
 
 # ---------------- a trainer's checkpoint ----------------
 
 
 def save_checkpoint(out: Path, step: int, policy, tokenizer, optimizer, state: dict) -> None:
-    """out/checkpoint: the model's folder, the optimizer in shards, and trainer.pt.
+    """Save out/checkpoint: the model's folder, the optimizer in shards, and trainer.pt.
 
-    The model is written by rank 0 from whole tensors as they come. trainer.pt holds the step and
-    the algorithm's state. Raises UserError.
+    Rank 0 writes the model from full tensors; every rank writes its shard of the optimizer.
+    trainer.pt holds the step and the algorithm's state. Raises UserError.
     """
 
     def write(folder: Path):
-        tensors = ranks.weights(policy, torch.float32, cut=False)
+        tensors = ranks.weights(policy, torch.float32, cut_to_vocab=False)
         save_model(folder, policy.model, tokenizer, tensors)
         shards = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
         sharded_files.save(shards, checkpoint_id=folder / "optimizer")
@@ -137,7 +143,7 @@ def save_checkpoint(out: Path, step: int, policy, tokenizer, optimizer, state: d
 
 
 def load_weights(policy, folder) -> None:
-    """Put another checkpoint of the same shape into the policy. Raises UserError otherwise."""
+    """Put a checkpoint's weights into the policy. Raises UserError if their shapes differ."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     options = StateDictOptions(full_state_dict=True)
     try:
@@ -147,11 +153,14 @@ def load_weights(policy, folder) -> None:
         raise UserError(
             f"{folder} is of another shape than the model before it: {reason}"
         ) from error
-    policy.updates += 1  # the sampler's copy is old now
+    policy.updates += 1  # so the sampler's copy is out of date
 
 
 def load_checkpoint(folder: Path, policy, optimizer, state: dict) -> int:
-    """Restore the policy, the optimizer and the algorithm's state; return the last step."""
+    """Restore the policy, the optimizer and the algorithm's state in place.
+
+    Returns the step of the checkpoint. Raises UserError if it is of another model.
+    """
     load_weights(policy, folder)
     shards = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
     sharded_files.load(shards, checkpoint_id=folder / "optimizer")

@@ -1,7 +1,7 @@
 """The command line: one argparse parser, argument types that check ranges, the shared flags.
 
-A flag that several scripts have stands in FLAGS, with one meaning everywhere. A flag of one script
-is defined in that script, with a type from here.
+FLAGS holds every flag that several scripts have, with one meaning everywhere. A flag of one script
+alone is defined in that script, with a type from here.
 """
 
 import argparse
@@ -19,19 +19,22 @@ from common.rows import DOMAINS
 
 
 def number(kind: type, rule: str, is_allowed):
-    """An argparse type: `kind` (int or float) of the text, refused where not is_allowed(value)."""
+    """An argparse type that reads a number of `kind` (int or float) and checks its range.
+
+    A value is refused with "must <rule>" unless is_allowed(value).
+    """
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text}: must be {name}") from None
+            kind_name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text}: must be {kind_name}") from None
         if not is_allowed(value):
             raise argparse.ArgumentTypeError(f"{text}: must {rule}")
         return value
 
-    parse.metavar = "N" if kind is int else "X"
+    parse.metavar = "N" if kind is int else "X"  # read by class Help
     return parse
 
 
@@ -44,13 +47,14 @@ share = number(float, "be above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 def domain_name(text: str) -> str:
+    """An argparse type: one of DOMAINS."""
     if text not in DOMAINS:
         raise argparse.ArgumentTypeError(f"{text}: not one of {' '.join(DOMAINS)}")
     return text
 
 
-def whole_distribution(text: str) -> float:
-    """--top-p in training: 1 is the only value that leaves the ratio unbiased."""
+def untruncated(text: str) -> float:
+    """The argparse type of --top-p in training: only 1 leaves the importance ratio unbiased."""
     if share(text) != 1:
         raise argparse.ArgumentTypeError(
             f"{text}: refused, because a truncated sampler draws from another distribution than "
@@ -63,17 +67,19 @@ def whole_distribution(text: str) -> float:
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Help with short names for values, and every default in brackets."""
+    """The layout of --help: short names for values, and every default in brackets."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32, width=120)
 
     def _get_default_metavar_for_optional(self, action):
+        """The name of a flag's value. (A method of argparse's that it offers for overriding.)"""
         if action.type in (int, float):
             return {int: "N", float: "X"}[action.type]
         return getattr(action.type, "metavar", "TEXT")
 
     def _get_help_string(self, action):
+        """The help text of a flag, with its default. (Another method of argparse's.)"""
         if not action.option_strings or isinstance(action.default, bool):
             return action.help
         if action.default in (None, "", [], argparse.SUPPRESS):
@@ -82,10 +88,10 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations; a bad flag costs one line, not a page of usage.
+    """argparse without abbreviations; a wrong flag prints one line instead of the usage.
 
-    doc: the script's docstring, shown by --help. usage: what stands before the flags.
-    toy: the defaults that `--model toy` has instead, shown at the end of --help.
+    doc: the script's docstring, shown by --help. usage: the arguments before the flags.
+    toy: {attribute: default} that `--model toy` has instead, shown at the end of --help.
     """
 
     def __init__(self, doc: str, usage: str = "", toy: dict | None = None):
@@ -99,18 +105,19 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
-        # Of argparse's "argument --lr: 0: must be positive", what a person wants to read.
+        # argparse says "argument --lr: 0: must be positive"; "--lr 0: must be positive" is enough
         message = re.sub(r"^argument (--[\w-]+): (?=\S+: )", r"\1 ", message)
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
 def script_name() -> str:
-    """What the command ran: grpo.py, or of `python -m studies.bench` the module."""
+    """The script's name: grpo.py, or studies.bench if `python -m studies.bench` runs."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec.name if spec else Path(sys.argv[0]).name
 
 
 def toy_defaults(toy: dict) -> str:
+    """The end of --help: the defaults of `--model toy`, written as flags."""
     flags = []
     for name, value in toy.items():
         if isinstance(value, (list, tuple)):
@@ -125,16 +132,16 @@ def toy_defaults(toy: dict) -> str:
 
 
 def add_flags(parser, *names: str, **defaults) -> None:
-    """Add some of FLAGS; `defaults` (by the attribute's name) replace the table's."""
+    """Add the named flags of FLAGS. `defaults` (lr=1e-5) replace the table's."""
     for name in names:
         parser.add_argument(name, **FLAGS[name])
     parser.set_defaults(**defaults)
 
 
-def run_main(main, goes_on: str = "--resume continues from the last checkpoint") -> None:
-    """Call main(). A user's error or the machine's ends in one line on stderr and exit status 1.
+def run_main(main, advice: str = "--resume continues from the last checkpoint") -> None:
+    """Call main(). UserError, OSError and Ctrl-C end in one line on stderr and exit status 1.
 
-    goes_on: what to do after an interruption.
+    advice: what the user can do after Ctrl-C.
     """
     script = script_name()
     try:
@@ -142,9 +149,9 @@ def run_main(main, goes_on: str = "--resume continues from the last checkpoint")
     except (UserError, OSError) as error:
         sys.exit(f"{script}: {error}".replace("\n", " "))
     except KeyboardInterrupt:
-        sys.exit(f"{script}: interrupted; {goes_on}")
+        sys.exit(f"{script}: interrupted; {advice}")
     if "RANK" in os.environ:
-        # gloo's threads abort the interpreter's exit now and then (docs/notes.md): leave without it
+        # gloo's threads sometimes abort the interpreter's exit (docs/notes.md), so it is skipped
         ranks.barrier()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -153,6 +160,9 @@ def run_main(main, goes_on: str = "--resume continues from the last checkpoint")
 
 # ---------------- the flags that more than one script has ----------------
 
+ROW_SOURCES = (  # sources/load.py reads them
+    ".jsonl files, folders of them, toy, humaneval, gym:<task>[,<task>…], cgpo, m2rl"
+)
 SYSTEM_PROMPT = (
     "Reason first, inside <think> and </think>. Then give only the final answer, inside <answer> "
     "and </answer>."
@@ -161,42 +171,43 @@ FLAGS = {
     # model and data
     "--model": {
         "default": "toy",
-        "help": "a folder, organisation/name, a bare name such as Qwen2.5-7B-Instruct, or toy",
+        "help": "the model: a folder, organisation/name, a bare name such as Qwen2.5-7B-Instruct, "
+        "or toy",
     },
     "--data": {
         "nargs": "+",
         "default": [],
-        "help": ".jsonl files, folders of them, toy, humaneval, gym:<task>[,<task>…], cgpo, m2rl "
-        "(default: cgpo)",
+        "help": f"where the rows come from: {ROW_SOURCES} (default: cgpo)",
     },
     "--eval-data": {
         "nargs": "+",
         "default": [],
-        "help": "evaluate on these rows instead of held-out rows of --data",
+        "help": "evaluate on the rows of these sources instead of held-out rows of --data",
     },
     "--domains": {
         "nargs": "+",
         "default": [],
-        "help": "use only these domains (math code science writing if agent)",
+        "help": "use only the rows of these domains: math, code, science, writing, if, agent",
     },
     "--domain-mix": {
         "default": "",
-        "help": "each domain's share of a batch: math=2,code=1; or equal; default: as in the data",
+        "help": "each domain's share of a batch: equal, or weights such as math=2,code=1 (default: "
+        "the shares of the rows)",
     },
     "--curriculum": {
         "choices": ["none", "omni-thinker", "self-paced"],
         "default": "none",
-        "help": "order of the run's prompts. none: mixed; omni-thinker: code, math, science, "
-        "writing, the rest; self-paced: easy prompts first",
+        "help": "the order of the prompts. none: domains mixed; omni-thinker: code, then math, "
+        "science, writing and the rest; self-paced: easy prompts first",
     },
     "--system-prompt": {
         "default": SYSTEM_PROMPT,
-        "help": "asks the model for <think> and <answer>",
+        "help": "the system prompt, which asks the model for <think> and <answer>",
     },
     "--max-prompt-tokens": {
         "type": positive_int,
         "default": 1024,
-        "help": "longer prompts are dropped, and counted",
+        "help": "prompts of more tokens are dropped and counted",
     },
     "--max-new-tokens": {
         "type": positive_int,
@@ -210,43 +221,43 @@ FLAGS = {
         "help": "temperature of the sampler and of every log-prob",
     },
     "--top-p": {
-        "type": whole_distribution,
+        "type": untruncated,
         "default": 1.0,
-        "help": "refused below 1 in training, because it biases the ratio",
+        "help": "must be 1 in training, because a truncated sampler biases the ratio",
     },
     "--engine": {
         "choices": ["auto", "vllm", "hf"],
         "default": "auto",
-        "help": "the sampler. hf: a loop over the trainer's own model; auto: vllm where it works, "
-        "else hf",
+        "help": "what samples the responses. vllm: vLLM; hf: a loop over the trainer's own model; "
+        "auto: vllm if it works, else hf",
     },
     "--engine-memory": {
         "type": share,
         "default": 0.2,
-        "help": "share of the device's memory for vllm's KV cache",
+        "help": "share of the device's memory that vLLM uses for its KV cache",
     },
     "--rollout-tokens": {
         "type": positive_int,
         "default": 524288,
-        "help": "hf engine: tokens sampled at once; bounds the KV cache",
+        "help": "the hf engine holds at most this many tokens in its KV cache",
     },
     # optimization
     "--lr": {"type": positive_float, "default": 1e-6, "help": "learning rate"},
     "--warmup-steps": {
         "type": natural,
         "default": 0,
-        "help": "updates over which the learning rate rises linearly",
+        "help": "number of updates over which the learning rate rises linearly",
     },
     "--optim": {
         "choices": ["adamw", "adamw8bit"],
         "default": "adamw",
-        "help": "optimizer; adamw8bit is torchao's, with moments of 8 bits",
+        "help": "the optimizer; adamw8bit is torchao's AdamW, which keeps its moments in 8 bits",
     },
     "--adam-betas": {
         "type": fraction,
         "nargs": 2,
         "default": (0.9, 0.999),
-        "help": "AdamW's two betas",
+        "help": "AdamW's β₁ and β₂",
     },
     "--weight-decay": {
         "type": non_negative_float,
@@ -256,12 +267,12 @@ FLAGS = {
     "--max-grad-norm": {
         "type": non_negative_float,
         "default": 1.0,
-        "help": "gradients are clipped to this norm; 0: never",
+        "help": "the gradient's norm is clipped to this value; 0: it is not clipped",
     },
     "--micro-batch-tokens": {
         "type": positive_int,
         "default": 16384,
-        "help": "tokens, padding included, of one forward and backward pass",
+        "help": "at most this many tokens, padding included, are in one forward and backward pass",
     },
     "--cpu-offload": {
         "action": "store_true",
@@ -274,38 +285,42 @@ FLAGS = {
     "--dtype": {
         "choices": ["auto", "float32", "bfloat16"],
         "default": "auto",
-        "help": "type of the computations; auto: bfloat16 on CUDA, else float32",
+        "help": "dtype of the computations. auto: bfloat16 on CUDA, else float32",
     },
     # rewards
     "--reward-scheme": {
         "choices": ["cgpo", "m2rl", "lenient"],
         "default": "cgpo",
-        "help": "cgpo: +1, −0.5, −1 of the CGPO paper; m2rl: 0 or 1; lenient: 0 or 1, and <think> "
-        "may be missing",
+        "help": "the rewards. cgpo: +1, −0.5 or −1 as in the CGPO paper; m2rl: 0 or 1; lenient: "
+        "0 or 1, and <think> may be missing",
     },
     "--verifier-url": {
         "default": "",
-        "help": "OpenAI-compatible server of the science verifier (general-verifier)",
+        "help": "URL of the OpenAI-compatible server that verifies science (general-verifier)",
     },
     "--judge-url": {
         "default": "",
-        "help": "OpenAI-compatible server of the writing judge (Qwen2.5-72B-Instruct)",
+        "help": "URL of the OpenAI-compatible server that judges writing (Qwen2.5-72B-Instruct)",
     },
     "--judge-both-orders": {
         "action": "store_true",
-        "help": "show each pair to the judge in both orders; disagreement is a tie",
+        "help": "show each pair to the judge in both orders, and count a disagreement as a tie",
     },
     "--sandbox-url": {
         "default": "",
-        "help": "SandboxFusion server that runs code instead of the local sandbox",
+        "help": "URL of a SandboxFusion server that runs code instead of the local sandbox",
     },
     "--allow-unsafe-code": {
         "action": "store_true",
-        "help": "run model-written code although this machine cannot seal it",
+        "help": "run model-written code even if this machine cannot isolate it",
     },
     # the run
     "--seed": {"type": int, "default": 0, "help": "seed of every random number"},
-    "--threads": {"type": natural, "default": 0, "help": "CPU threads; 0: torch's choice"},
+    "--threads": {
+        "type": natural,
+        "default": 0,
+        "help": "number of CPU threads; 0: torch's choice",
+    },
     "--out": {
         "default": "",
         "help": "folder of the run (default: runs/<script>-<model>-<hash of the flags>)",
@@ -317,28 +332,28 @@ FLAGS = {
     "--save-every": {
         "type": positive_int,
         "default": 20,
-        "help": "steps between two checkpoints",
+        "help": "number of steps between two checkpoints",
     },
     "--eval-every": {
         "type": natural,
         "default": 0,
-        "help": "steps between two evaluations; 0: only before and after the run",
+        "help": "number of steps between two evaluations; 0: only before and after the run",
     },
     "--eval-prompts": {
         "type": natural,
         "default": 32,
-        "help": "held-out prompts per domain (at most a quarter of its rows)",
+        "help": "held-out prompts per domain, at most a quarter of the domain's prompts",
     },
     "--eval-samples": {
         "type": natural,
         "default": 4,
-        "help": "sampled responses per held-out prompt, beside a greedy one",
+        "help": "sampled responses per held-out prompt, besides one greedy response",
     },
     "--eval-domains": {
         "type": domain_name,
         "nargs": "+",
         "default": [],
-        "help": "evaluate these domains (default: the run's)",
+        "help": "evaluate only these domains (default: those of --domains)",
     },
-    "--wandb": {"default": "", "help": "log to this Weights & Biases project too"},
+    "--wandb": {"default": "", "help": "name of the Weights & Biases project to log to"},
 }

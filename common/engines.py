@@ -1,10 +1,10 @@
 """Which engine samples, and the proof that vLLM holds the trainer's weights.
 
-Two proofs after every transfer:
-- fingerprints of each tensor as the trainer has it, as it was sent, and as the engine holds it
-  (where vLLM did not pack it away);
-- the canary: the log-probs of a fixed text, by trainer and engine. It sees what fingerprints
-  cannot, such as rows of a tensor in each other's place.
+Every transfer is proved twice:
+- by fingerprints of each tensor as the trainer has it, as it was sent, and as the engine holds it
+  (unless vLLM has packed it away);
+- by the canary: the log-probs of a fixed text, as the trainer and the engine compute them. It sees
+  what fingerprints cannot see, such as rows of a tensor that have changed places.
 """
 
 import torch
@@ -21,17 +21,21 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}
 
 
 def fingerprint(tensor: torch.Tensor) -> int:
-    """The sum of a tensor's bit patterns: exact, and blind to fusing, transposing and padding."""
-    integer_types = {2: torch.int16, 4: torch.int32}
+    """The sum of a tensor's bit patterns, read as integers.
+
+    It is exact, and fusing, transposing and padding with zeros do not change it.
+    """
+    integer_types = {2: torch.int16, 4: torch.int32}  # by bytes per element
     bits = tensor.contiguous().view(integer_types[tensor.element_size()]).flatten()
+    # in pieces, because the sum may need a copy in int64
     return sum(int(piece.sum(dtype=torch.int64)) for piece in bits.split(2**24))
 
 
 def record_fingerprints(tensors, sent: dict, spoil_first: bool = False):
-    """Yield (name, tensor) as they come, and note each tensor's fingerprint in `sent`.
+    """Yield the (name, tensor) pairs, and put each tensor's fingerprint into `sent`.
 
-    spoil_first: rows of the first tensor (the embeddings) change places. Its fingerprint stays, so
-    this is for the canary alone to find.
+    spoil_first: the rows of the first tensor (the embeddings) change places. Its fingerprint stays
+    the same, so only the canary can detect it.
     """
     for name, tensor in tensors:
         if spoil_first and not sent:
@@ -41,38 +45,39 @@ def record_fingerprints(tensors, sent: dict, spoil_first: bool = False):
 
 
 def engine_fingerprints(model, dtype: torch.dtype) -> dict[tuple, int]:
-    """{names of the tensors that the engine fused into one: fingerprint} of vLLM's model.
+    """{names of the checkpoint's tensors that are fused into one: fingerprint} of vLLM's model.
 
-    Runs inside the engine. Empty parameters are those that vLLM has packed away.
+    It runs inside the engine. Empty parameters are left out: vLLM has packed those away.
     """
     fused_modules = getattr(model, "packed_modules_mapping", {})
-    held = {}
+    fingerprints = {}
     for name, parameter in model.named_parameters():
         if not parameter.numel():
             continue
         module = name.split(".")[-2]
         sources = fused_modules.get(module, [module])
         names = tuple(name.replace(f".{module}.", f".{source}.") for source in sources)
-        held[names] = fingerprint(parameter.to(dtype))
-    return held
+        fingerprints[names] = fingerprint(parameter.to(dtype))
+    return fingerprints
 
 
 def wrong_weights(tensors, sent: dict[str, int], held: dict[tuple, int]) -> list[str]:
-    """Names of the weights that are not those of `tensors` (name, tensor), the trainer's.
+    """Names of the weights that differ from the trainer's.
 
-    sent: {name: fingerprint} as they left. held: as engine_fingerprints() gives them. Engine
-    tensors that have names of their own are left to the canary.
+    tensors: the trainer's (name, tensor) pairs. sent: {name: fingerprint} when they were sent.
+    held: {names: fingerprint} in the engine, from engine_fingerprints(). The canary has to judge
+    the engine's tensors whose names the trainer does not know.
     """
-    ours = {name: fingerprint(tensor) for name, tensor in tensors}
-    wrong = [name for name in ours if sent.get(name) != ours[name]]
-    could_read = False
+    expected = {name: fingerprint(tensor) for name, tensor in tensors}
+    wrong = [name for name in expected if sent.get(name) != expected[name]]
+    has_compared = False
     for names, value in held.items():
-        if not ours.keys() >= set(names):
+        if not expected.keys() >= set(names):
             continue
-        could_read = True
-        if sum(ours[name] for name in names) != value:
+        has_compared = True
+        if sum(expected[name] for name in names) != value:
             wrong.append(names[0])
-    if not could_read:
+    if not has_compared:
         wrong.append("(none could be read back)")
     return wrong
 
@@ -81,21 +86,21 @@ def wrong_weights(tensors, sent: dict[str, int], held: dict[tuple, int]) -> list
 
 
 def canary_ids(rows: list[dict], args) -> list[int]:
-    """The canary's text: the first tokens of the first prompts, 64 at most."""
+    """The canary's text: the first prompts' tokens, at most 64 to keep the forward pass short."""
     ids = [token for row in rows[:64] for token in row["ids"]]
     return ids[: min(64, args.max_prompt_tokens)]
 
 
 def check_engine(policy, engine, sent: dict, held: dict, engine_logp_T, spoiled: bool) -> None:
-    """Raise UserError where the engine does not hold the trainer's weights.
+    """Raise UserError if the engine does not hold the trainer's weights.
 
-    engine_logp_T: the canary's log-probs by the engine. spoiled: the weights were spoiled on
-    purpose, so the canary must fire.
+    sent, held: see wrong_weights. engine_logp_T: the canary's log-probs as the engine computes
+    them. spoiled: the weights were spoiled on purpose, so the canary must fire.
     """
     wrong = wrong_weights(ranks.weights(policy, engine.dtype), sent, held)
     tolerance = TOLERANCE[engine.dtype]
     gap = (policy.own_logp(engine.canary) - engine_logp_T).abs().mean().item()
-    is_quiet = gap <= tolerance  # False where the gap is NaN
+    is_quiet = gap <= tolerance  # False if the gap is NaN
     if spoiled:
         as_expected = not is_quiet
     else:
@@ -112,11 +117,12 @@ def check_engine(policy, engine, sent: dict, held: dict, engine_logp_T, spoiled:
 
 
 def open_engine(engine_class, name: str, policy, canary: list[int], args):
-    """(the sampler's engine, or None for the hf loop; which one and why), the same on every rank.
+    """(engine, text that says which engine samples and why), the same on every rank.
 
-    engine_class: the algorithm file's Engine. Its canary is first shown to fire on shuffled
-    embeddings, and then to be quiet on the right ones. With --engine auto a failure means hf; with
-    --engine vllm it raises UserError, on every rank.
+    The engine is None if the hf loop samples. engine_class: the algorithm file's Engine. canary:
+    the tokens of canary_ids(). The canary must first fire on shuffled embeddings, and then be quiet
+    on the right ones. When one rank fails, all ranks take hf with --engine auto, and all raise
+    UserError with --engine vllm.
     """
     if args.engine == "hf":
         return None, "hf"

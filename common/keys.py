@@ -17,6 +17,6 @@ def rng(*key) -> np.random.Generator:
 
 
 def hash_of(value) -> str:
-    """Hexadecimal SHA-256 of a value that JSON can hold; equal values have equal hashes."""
+    """Hexadecimal SHA-256 of a value as JSON; what JSON cannot hold is hashed as its str()."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

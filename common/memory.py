@@ -1,18 +1,18 @@
 """The arithmetic of memory: what a rank holds while it samples and while it updates, by part.
 
-Nothing is measured and nothing is allocated. tests/test_bench.py compares the formula of the
-activations with what autograd keeps. An algorithm that keeps more than GRPO passes its parts in.
+Nothing is measured and nothing is allocated. tests/test_bench.py compares activation_bytes with
+what autograd keeps. A caller passes in what an algorithm keeps besides GRPO's parts.
 """
 
 import torch
 from transformers import AutoModelForCausalLM
 
-GIB = 2**30  # bytes; the "GB" of device makers
+GIB = 2**30  # bytes; a device of "80 GB" has 80 of these
 OPTIMIZER_BYTES = {  # per parameter
     "adamw": 8,  # two fp32 moments
     "adamw8bit": 2.1,  # two moments of 8 bits, and their scales
 }
-HEAD_CHUNK = 2**26  # logits at a time, as in Policy.CHUNK of the algorithm files
+HEAD_CHUNK = 2**26  # logits (tokens × vocabulary) at a time: Policy.CHUNK of the algorithm files
 
 # Parts that exist in one phase only; all others are held all the time.
 UPDATE_ONLY = ("gradients (fp32)", "gathered blocks (bf16)", "activations")
@@ -20,10 +20,10 @@ ROLLOUT_ONLY = ("engine: weights (bf16)", "engine: KV cache")
 
 
 def count_parameters(config) -> dict[str, int]:
-    """Numbers of parameters of a model with this configuration.
+    """How many parameters a model with this configuration has, by part.
 
-    "all"; "embedding": the input embedding's; "block": the largest block's; "root": those outside
-    the blocks. "tied" says whether the head is the input embedding.
+    "all"; "embedding": the input embedding; "block": the largest block; "root": all outside the
+    blocks. "tied": True if the head shares the input embedding.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -42,10 +42,11 @@ def count_parameters(config) -> dict[str, int]:
 
 
 def activation_bytes(config, tokens: int, checkpointed: bool) -> int:
-    """Bytes that autograd keeps of a micro-batch of so many tokens.
+    """Bytes that autograd keeps of a micro-batch of `tokens` tokens.
 
-    Per token and layer, in bf16: 10.5 values of the hidden width (residuals, norms, q, k, v, the
-    attention's output) and 4 of the feed-forward's width. The head works on chunks of one size.
+    It keeps, per token and layer in bf16, 10.5 values per unit of the hidden width (residuals,
+    norms, q, k, v, the attention's output) and 4 per unit of the feed-forward width. The head works
+    on chunks of HEAD_CHUNK logits.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
     feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
@@ -60,23 +61,23 @@ def activation_bytes(config, tokens: int, checkpointed: bool) -> int:
 def memory_by_part(
     config, args, world_size: int, device_gb: float, extra_parts: dict[str, int] | None = None
 ) -> dict[str, float]:
-    """GB (2^30 bytes) per rank of each part.
+    """{part: GB of 2^30 bytes that one rank holds}.
 
-    args: optim, beta, checkpoint_activations, cpu_offload, engine, engine_memory,
-    micro_batch_tokens, rollout_tokens, as an algorithm file parses them; the engine "auto" counts
-    as vllm. device_gb: memory of the device. extra_parts: what an algorithm keeps besides, by name:
-    bytes per parameter on the device, which the ranks share.
+    args: the parsed flags of an algorithm file. It reads optim, beta, checkpoint_activations,
+    cpu_offload, engine, engine_memory, micro_batch_tokens and rollout_tokens; the engine "auto"
+    counts as vllm. device_gb: the device's memory. extra_parts: {part: bytes per parameter} of what
+    an algorithm keeps besides on the device, divided among the ranks.
     """
-    count = count_parameters(config)
-    parameters = count["all"]
-    on_device = 0 if args.cpu_offload else 1
-    hf = args.engine == "hf"
+    counts = count_parameters(config)
+    parameters = counts["all"]
+    on_device = 0 if args.cpu_offload else 1  # factor of what --cpu-offload moves to the CPU
+    uses_hf = args.engine == "hf"
     parts = {
         "parameters (fp32)": on_device * 4 * parameters / world_size,
         "gradients (fp32)": on_device * 4 * parameters / world_size,
         "optimizer": on_device * OPTIMIZER_BYTES[args.optim] * parameters / world_size,
-        # FSDP2 holds the block at work and the next one; the rest of the model is one more unit.
-        "gathered blocks (bf16)": 2 * (2 * count["block"] + count["root"]),
+        # FSDP2 gathers the current block, the next one, and all parameters outside the blocks.
+        "gathered blocks (bf16)": 2 * (2 * counts["block"] + counts["root"]),
         "reference (bf16)": on_device * 2 * parameters / world_size if args.beta else 0,
     }
     for name, bytes_per_parameter in (extra_parts or {}).items():
@@ -84,9 +85,9 @@ def memory_by_part(
     parts["activations"] = activation_bytes(
         config, args.micro_batch_tokens, args.checkpoint_activations
     )
-    parts["hf sampler's copy (bf16)"] = 2 * parameters if hf else 0
-    parts["engine: weights (bf16)"] = 0 if hf else 2 * parameters
-    if hf:
+    parts["hf sampler's copy (bf16)"] = 2 * parameters if uses_hf else 0
+    parts["engine: weights (bf16)"] = 0 if uses_hf else 2 * parameters
+    if uses_hf:
         parts["engine: KV cache"] = kv_cache_bytes(config, args.rollout_tokens)
     else:
         parts["engine: KV cache"] = args.engine_memory * device_gb * GIB
@@ -94,18 +95,19 @@ def memory_by_part(
 
 
 def kv_cache_bytes(config, tokens: int) -> int:
-    """Bytes of the keys and values of so many tokens, in bf16."""
+    """Bytes of the keys and values of `tokens` tokens, in bf16."""
     heads = config.num_attention_heads
     key_value_heads = getattr(config, "num_key_value_heads", heads)
     width = config.hidden_size // heads * key_value_heads
+    # keys and values, of 2 bytes each
     return 2 * 2 * tokens * config.num_hidden_layers * width
 
 
 def peaks(parts: dict[str, float], update_only: tuple[str, ...] = ()) -> dict[str, float]:
-    """GB at the peak of each phase: {"update", "rollout"}.
+    """{"update", "rollout"}: GB per rank at the peak of each phase.
 
-    The engine sleeps while the policy is updated. While it samples, there are no gradients and no
-    activations, and none of the extra parts named in update_only.
+    parts: as memory_by_part returns them. While the policy is updated, the engine sleeps. While it
+    samples, there are no gradients, no activations and none of the extra parts in update_only.
     """
     not_in_rollout = (*UPDATE_ONLY, *update_only)
     return {

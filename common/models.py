@@ -1,4 +1,4 @@
-"""Models by name: folders, runs, names of the hub; failures to load one are told in a line."""
+"""Models by name: folders, runs, names on the hub. A model that cannot be loaded is a UserError."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.errors import UserError
 from common.files import RUNS
 
-# The organisations of the hub that publish a family, by the word its names begin with.
+# {first word of a bare name: the organisation that publishes this family on the hub}
 FAMILIES = {
     "qwen": "Qwen",
     "qwq": "Qwen",
@@ -27,15 +27,16 @@ FAMILIES = {
     "granite": "ibm-granite",
     "nemotron": "nvidia",
 }
+# What from_pretrained needs; a repository may hold the same weights in other formats too.
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def find_model(name: str, fetch: bool = False) -> str:
-    """What from_pretrained takes, for a folder, a run (its checkpoint), `organisation/name`, or a
-    known family's bare name (Qwen2.5-7B-Instruct). With `fetch` always a folder, from the hub
-    where need be.
+    """What from_pretrained takes: a folder or a name on the hub.
 
-    Raises UserError that lists what was tried.
+    name: a folder, a run's folder (which means its checkpoint), `organisation/name`, or a bare name
+    of a known family (Qwen2.5-7B-Instruct). With `fetch` the result is always a folder, downloaded
+    from the hub if necessary. Raises UserError that lists what was tried.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -61,19 +62,19 @@ def find_model(name: str, fetch: bool = False) -> str:
 
 
 def name_on_hub(name: str) -> str | None:
-    """`organisation/name`; a bare name gets its family's organisation, or None."""
+    """`organisation/name` for such a name or a bare one; None if its family is unknown."""
     if "/" in name:
         return None if name.startswith((".", "/")) else name
-    family = re.match(r"meta-llama|[a-z]+2?", name.lower())
-    if not family:
+    match = re.match(r"meta-llama|[a-z]+2?", name.lower())
+    if not match:
         return None
-    word = family[0]  # of Qwen2.5 "qwen2", of gpt2 "gpt2"
+    word = match[0]  # "qwen2" for Qwen2.5, "gpt2" for gpt2
     organisation = FAMILIES.get(word) or FAMILIES.get(word.rstrip("2"))
     return f"{organisation}/{name}" if organisation else None
 
 
 def from_pretrained(cls, name: str, **options):
-    """cls.from_pretrained(name) with its failures told in one line (UserError)."""
+    """cls.from_pretrained(name, **options). Raises UserError of one line if that fails."""
     try:
         return cls.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
@@ -86,7 +87,10 @@ def from_pretrained(cls, name: str, **options):
 
 
 def load_model(name: str):
-    """(tokenizer, model in fp32 on the CPU, sorted ids that end a response). Raises UserError."""
+    """(tokenizer, model in fp32 on the CPU, sorted ids that end a response).
+
+    Raises UserError if the model cannot be loaded or cannot be trained here.
+    """
     tokenizer = from_pretrained(AutoTokenizer, name)
     model = from_pretrained(AutoModelForCausalLM, name, dtype=torch.float32)
     fuse_gelu(model)
@@ -99,7 +103,7 @@ def load_model(name: str):
 
 
 def fuse_gelu(model) -> None:
-    """Replace GPT-2's GELU of eight operations by the same function in one kernel."""
+    """Replace GPT-2's GELU, which takes eight operations, by the same function in one kernel."""
     for module in model.modules():
         for child_name, child in module.named_children():
             if type(child).__name__ == "NewGELUActivation":
@@ -107,23 +111,26 @@ def fuse_gelu(model) -> None:
 
 
 def check_tensors(name: str, model) -> None:
-    """Raise UserError for weights that checkpoints and vLLM know by other names than the model."""
-    odd = {key for key, _ in model.named_buffers()} & set(model.state_dict())
+    """Raise UserError if checkpoints or vLLM know some weights by other names than the model."""
+    misnamed = {key for key, _ in model.named_buffers()} & set(model.state_dict())
     for key, parameter in model.named_parameters():
         if parameter.ndim > 2 or ".experts." in key:
-            odd.add(key)
-    if odd:
+            misnamed.add(key)
+    if misnamed:
         raise UserError(
-            f"--model {name}: it keeps {sorted(odd)[0]}, a buffer or a stack of experts, which "
-            "checkpoints and vLLM know by other names: only dense models whose weights are all "
-            "parameters are supported"
+            f"--model {name}: it keeps {sorted(misnamed)[0]}, a buffer or a stack of experts, "
+            "which checkpoints and vLLM know by other names: only dense models whose weights are "
+            "all parameters are supported"
         )
 
 
 def find_stop_ids(name: str, tokenizer, model) -> list[int]:
-    """The ids that end a response: the generation config's (one or several) and the tokenizer's."""
-    stop = model.generation_config.eos_token_id
-    stop_ids = set(stop) if isinstance(stop, list) else {stop}
+    """The sorted ids that end a response: the generation config's and the tokenizer's.
+
+    Raises UserError if there is none, or one that the tokenizer does not have.
+    """
+    eos = model.generation_config.eos_token_id  # an id, a list of ids, or None
+    stop_ids = set(eos) if isinstance(eos, list) else {eos}
     stop_ids.add(tokenizer.eos_token_id)
     stop_ids.discard(None)
     if not stop_ids:

@@ -1,18 +1,18 @@
-"""Optional packages that carry data: where their files are, and how to install them."""
+"""Optional packages that contain data: where their files are, and how to install them."""
 
 import importlib.util
 from pathlib import Path
 
 from common.errors import UserError
 
-# These ask for dozens of packages that no row here needs, so they are installed alone.
+# These require dozens of packages that no row here needs, so they are installed without them.
 WITHOUT_DEPENDENCIES = ("bfcl_eval", "inspect_evals")
 
 
 def package_path(package: str, file: str = "") -> Path:
-    """Where an installed package keeps `file` (by default: the package's own folder).
+    """The path of `file` in an installed package; without `file`, the package's folder.
 
-    Raises UserError that says how to install the package where it is missing.
+    Raises UserError that says how to install the package if it is missing.
     """
     spec = importlib.util.find_spec(package)
     if spec is None:

@@ -1,7 +1,7 @@
 """Many processes as one: torch.distributed's process group, and FSDP2 shards of a policy.
 
-`torchrun --nproc_per_node 8 grpo.py …` and `python grpo.py …` run the same lines; the latter is a
-group of one. "Rank" is a process's number, "world size" the number of processes.
+`torchrun --nproc_per_node 8 grpo.py …` and `python grpo.py …` run the same code; the latter is a
+group of one. A process's number is its rank, and the number of processes is the world size.
 """
 
 import atexit
@@ -42,17 +42,19 @@ def start() -> None:
 
 
 def leave_group() -> None:
-    """Without this, gloo's threads abort the interpreter's exit."""
-    # A vLLM engine leaves the group itself, later than this, and together with its own groups.
+    """Leave the process group at exit; otherwise gloo's threads may abort the exit."""
+    # A vLLM engine leaves this group later, together with its own groups.
     if "vllm" not in sys.modules and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def rank() -> int:
+    """This process's number, from 0."""
     return dist.get_rank()
 
 
 def world_size() -> int:
+    """The number of processes."""
     return dist.get_world_size()
 
 
@@ -68,7 +70,7 @@ def barrier() -> None:
 
 
 def reduce(values: list, op: str = "sum") -> list[float]:
-    """The sum, or with op="max" the maximum, of each number over the ranks."""
+    """Each number's sum over the ranks (its maximum with op="max"), the same on every rank."""
     tensor = torch.tensor(values, dtype=torch.float64)
     if dist.get_world_size() > 1:
         operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -77,7 +79,7 @@ def reduce(values: list, op: str = "sum") -> list[float]:
 
 
 def gather(value) -> list:
-    """[rank 0's value, rank 1's, …], the same list on every rank."""
+    """[rank 0's value, rank 1's value, …], the same list on every rank."""
     values = [value] * dist.get_world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -97,8 +99,9 @@ def device() -> torch.device:
 def place(policy, args, frozen: bool = False):
     """Move the policy to its device, in FSDP2 shards, and return it.
 
-    Masters are fp32; each block is gathered in the compute dtype when it is needed. A lone CPU
-    process has nothing to shard and keeps the policy whole. Raises UserError.
+    The master weights are fp32; each block is gathered in the compute dtype when it is needed. A
+    single process on a CPU keeps the policy unsharded. frozen: the policy is never updated, so bf16
+    masters are enough. Raises UserError for --cpu-offload without a GPU.
     """
     block_names = policy.model._no_split_modules or ()
     blocks = [module for module in policy.model.modules() if type(module).__name__ in block_names]
@@ -108,7 +111,7 @@ def place(policy, args, frozen: bool = False):
     policy.device = device()
     policy.sharded = policy.device.type == "cuda" or "RANK" in os.environ
     if frozen and policy.bf16 and policy.sharded:
-        # Parameters only: rotary frequencies, which are buffers, would drift with the position.
+        # Buffers stay fp32: rotary frequencies in bf16 would be wrong at large positions.
         for parameter in policy.parameters():
             parameter.data = parameter.data.bfloat16()
     if args.cpu_offload and policy.device.type != "cuda":
@@ -127,30 +130,31 @@ def place(policy, args, frozen: bool = False):
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor, gathered (every rank must ask for it); any other as it is."""
+    """The full tensor of a sharded one; any other tensor unchanged. Every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def weights(policy, dtype: torch.dtype, cut: bool = True):
-    """Yield (name, whole parameter in `dtype`) under the names of checkpoints, tied ones once.
+def weights(policy, dtype: torch.dtype, cut_to_vocab: bool = True):
+    """Yield (name in checkpoints, full parameter in `dtype`); tied parameters come once.
 
-    With `cut`, embedding and head keep the tokenizer's rows only (policy.vocab).
+    With cut_to_vocab, the embedding and the head have only the rows of the tokenizer's ids
+    (policy.vocab). Every rank must draw all pairs.
     """
     head = policy.model.get_output_embeddings()
     embeddings = [policy.model.get_input_embeddings().weight, head.weight]
     embeddings.append(getattr(head, "bias", None))
     for name, parameter in policy.model.named_parameters():
         tensor = full_tensor(parameter)
-        if cut and any(parameter is embedding for embedding in embeddings):
+        if cut_to_vocab and any(parameter is embedding for embedding in embeddings):
             tensor = tensor[: policy.vocab]
         yield name, tensor.detach().to(dtype)
 
 
 @torch.no_grad()
 def sync_sampler(policy) -> None:
-    """Copy the shards' weights into a whole model, which the hf engine samples from.
+    """Copy the sharded weights into an unsharded model, from which the hf engine samples.
 
-    Ranks stop sampling at different lengths, so collectives while sampling would wait for ever.
+    Ranks sample different numbers of tokens, so a collective in sampling would wait for ever.
     """
     dtype = torch.bfloat16 if policy.bf16 else torch.float32
     if not policy.sampler:  # a list, so that its model is no submodule of the policy
@@ -158,12 +162,12 @@ def sync_sampler(policy) -> None:
             model = AutoModelForCausalLM.from_config(policy.model.config, dtype=dtype)
         policy.sampler.append(model.eval())
     copies = policy.sampler[0].parameters()
-    for copy, (_, tensor) in zip(copies, weights(policy, dtype, cut=False)):
+    for copy, (_, tensor) in zip(copies, weights(policy, dtype, cut_to_vocab=False)):
         copy.copy_(tensor)
 
 
 def make_optimizer(policy, args) -> torch.optim.Optimizer:
-    """AdamW over the policy's (sharded) fp32 masters. Raises UserError if torchao is missing."""
+    """--optim over the policy's fp32 masters. Raises UserError if torchao is needed and missing."""
     if args.optim == "adamw8bit":
         try:
             from torchao.optim import AdamW8bit as AdamW

@@ -1,5 +1,6 @@
-"""What a run says: a step's metrics, the line it prints, the closing table, the curves."""
+"""What a run reports: metrics per step, the lines it prints, the closing table, the curves."""
 
+import math
 import resource
 from collections import Counter
 from pathlib import Path
@@ -14,18 +15,24 @@ from common.rows import DOMAINS
 
 
 def by_domain(line: dict, prefix: str) -> dict[str, float]:
-    """{domain: value} of the metrics named <prefix>/<domain>, in DOMAINS' order."""
-    return {d: line[f"{prefix}/{d}"] for d in DOMAINS if f"{prefix}/{d}" in line}
+    """{domain: value} of the metrics named <prefix>/<domain>, in the order of DOMAINS."""
+    values = {}
+    for domain in DOMAINS:
+        if f"{prefix}/{domain}" in line:
+            values[domain] = line[f"{prefix}/{domain}"]
+    return values
 
 
 def domain_metrics(columns: dict) -> dict[str, float]:
-    """A batch's metrics by domain, from its columns [B].
+    """A batch's metrics, named <metric>/<domain>, from its columns [B].
 
     reward, accuracy    means over the scored responses
     invalid, truncated  shares of the responses
     zero_variance       share of the groups whose rewards are all equal
-    verifier_errors     responses whose verifier failed
-    prompts             groups
+    verifier_errors     number of responses whose checker failed (their reward is NaN)
+    prompts             number of groups
+
+    A mean without any scored response is left out.
     """
     metrics = {}
     for k in columns["domain"].unique().tolist():
@@ -47,19 +54,25 @@ def domain_metrics(columns: dict) -> dict[str, float]:
             "prompts": len(groups),
         }
         for name, value in values.items():
-            if value == value:  # NaN: no response of this domain was scored
+            if not math.isnan(value):
                 metrics[f"{name}/{DOMAINS[k]}"] = float(value)
     return metrics
 
 
 def mean_stats(stats_of_updates: list[dict]) -> dict[str, float]:
-    """Mean of statistics over updates, weighted by their "tokens"; of "tokens" the sum."""
-    names = dict.fromkeys(name for stats in stats_of_updates for name in stats if name != "tokens")
+    """{name: mean over the updates that have it, weighted by their "tokens"}.
+
+    The value of "tokens" is the sum.
+    """
+    updates_with = {}  # name → the updates' statistics that have it
+    for stats in stats_of_updates:
+        for name in stats:
+            updates_with.setdefault(name, []).append(stats)
+    updates_with.pop("tokens", None)
     means = {}
-    for name in names:
-        having = [stats for stats in stats_of_updates if name in stats]
-        total = sum(stats[name] * stats["tokens"] for stats in having)
-        means[name] = total / sum(stats["tokens"] for stats in having)
+    for name, updates in updates_with.items():
+        total = sum(stats[name] * stats["tokens"] for stats in updates)
+        means[name] = total / sum(stats["tokens"] for stats in updates)
     means["tokens"] = sum(stats["tokens"] for stats in stats_of_updates)
     return means
 
@@ -67,13 +80,13 @@ def mean_stats(stats_of_updates: list[dict]) -> dict[str, float]:
 def step_metrics(
     seconds: dict, columns: dict, stats_of_updates: list[dict], per_token: list[dict]
 ) -> dict[str, float]:
-    """A step's line of metrics.jsonl.
+    """A step's metrics, as metrics.jsonl holds them.
 
-    seconds: by phase. columns: the batch's columns [B], of all ranks. per_token: for each rank,
-    values of every sampled token [N], taken before any update:
-        log_w    log π_old/π_sampler, unclipped
-        entropy  of π_old
-        log_ref  log π_ref/π_old, where there is a reference
+    seconds: by phase. columns: the batch's columns [B], of all ranks. per_token: for each rank, a
+    value per sampled token [N], taken before any update:
+        log_w    log π_old/π_sampler, not clipped
+        entropy  of π_old, in nats
+        log_ref  log π_ref/π_old, if there is a reference
     """
     values_N = {}
     for name in per_token[0]:
@@ -86,12 +99,13 @@ def step_metrics(
         "is_ratio/mean": w_N.mean(),
         "is_ratio/min": w_N.min(),
         "is_ratio/max": w_N.max(),
+        # outside the band that --is-correction mask keeps
         "is_ratio/outside": ((w_N < 0.5) | (w_N > 2)).float().mean(),
         "entropy": values_N["entropy"].mean(),
     }
     if "log_ref" in values_N:
         log_ref_N = values_N["log_ref"]
-        token_metrics["kl"] = (log_ref_N.exp() - log_ref_N - 1).mean()  # k3
+        token_metrics["kl"] = (log_ref_N.exp() - log_ref_N - 1).mean()  # k3 estimator
 
     tokens = int(columns["tokens"].sum())
     metrics = mean_stats(stats_of_updates)
@@ -105,7 +119,7 @@ def step_metrics(
 
 
 def verdict_counts(samples: list[dict]) -> dict[str, int]:
-    """{"domain: the verdict's first word": how many responses}."""
+    """{"<domain>: <first word of the verdict>": number of responses}."""
     counts = Counter()
     for sample in samples:
         word = sample["verdict"].split()[0].rstrip(":")
@@ -114,19 +128,20 @@ def verdict_counts(samples: list[dict]) -> dict[str, int]:
 
 
 def peak_memory() -> int:
-    """Bytes: the device's peak of tensors on CUDA, the process's peak resident size on a CPU."""
+    """Bytes at the peak: of tensors on the GPU, or of the process's resident memory on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 # ---------------- what a run prints ----------------
 
 
 def opening(algorithm: str, run, engine: str, mix: dict[str, float], prompts: int) -> str:
-    """What a run says first: model, engine, and the batch arithmetic in words.
+    """The text that a run prints first: model, engine, and the arithmetic of its batches.
 
-    run: the algorithm file's Run. mix: the domains' shares. prompts: how many to train on.
+    run: the algorithm file's Run. engine: open_engine's text. mix: the domains' shares. prompts:
+    the number of training prompts.
     """
     args, policy, steps = run.args, run.policy, len(run.plan)
     parameters = sum(p.numel() for p in policy.parameters())
@@ -149,40 +164,49 @@ def opening(algorithm: str, run, engine: str, mix: dict[str, float], prompts: in
     return "\n".join(lines)
 
 
-def live_line(line: dict, steps: int, seconds: float, steps_done: int) -> str:
-    """One step in one line: mean reward over domains, accuracies, sampler speed, time left."""
-    reward = by_domain(line, "reward")
-    mean = np.mean(list(reward.values())) if reward else float("nan")  # nan: no response was scored
-    accuracies = " ".join(f"{d} {value:.2f}" for d, value in by_domain(line, "accuracy").items())
-    left = int(seconds / steps_done * (steps - line["step"]))
+def live_line(line: dict, steps: int, seconds: float, steps_taken: int) -> str:
+    """One step in one line: mean reward over domains, accuracies, sampler speed, time left.
+
+    line: the step's metrics. seconds: how long the last `steps_taken` steps took.
+    """
+    rewards = by_domain(line, "reward")
+    mean = np.mean(list(rewards.values())) if rewards else math.nan  # nan: no response was scored
+    accuracy = by_domain(line, "accuracy")
+    accuracies = " ".join(f"{domain} {value:.2f}" for domain, value in accuracy.items())
+    seconds_left = int(seconds / steps_taken * (steps - line["step"]))
     return (
         f"step {line['step']:4d}/{steps}  reward {mean:+.2f}  {accuracies}  "
-        f"{line['tokens_per_s']:,.0f} tok/s  {left // 60}:{left % 60:02d} left"
+        f"{line['tokens_per_s']:,.0f} tok/s  {seconds_left // 60}:{seconds_left % 60:02d} left"
     )
 
 
 def closing_table(lines: list[dict]) -> str:
-    """Held-out accuracy by domain, before → after, and how many prompts were trained on."""
+    """Held-out accuracy by domain, before → after, and the number of prompts trained on.
+
+    lines: the run's metrics, an object per step.
+    """
     evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
     if not evaluated:
         return "no held-out prompts: nothing evaluated"
     first, last = evaluated[0], evaluated[-1]
-    prompts = {d: sum(line.get(f"prompts/{d}", 0) for line in lines) for d in DOMAINS}
-    total = sum(prompts.values()) or 1
+    prompts = {}  # domain → prompts trained on
+    for domain in DOMAINS:
+        prompts[domain] = sum(line.get(f"prompts/{domain}", 0) for line in lines)
+    total = max(1, sum(prompts.values()))
 
     def arrow(before: float, after: float) -> str:
         return f"  {before:.2f} → {after:.2f}    "
 
     table = ["domain      sampled          greedy           prompts trained on"]
     values = []  # [domain][sampled, greedy][before, after]
-    for d in by_domain(first, "eval/greedy"):
+    for domain in by_domain(first, "eval/greedy"):
         pairs = []
         for kind in ("sampled", "greedy"):
-            name = f"eval/{kind}/{d}"
-            pairs.append([first.get(name, float("nan")), last.get(name, float("nan"))])
+            name = f"eval/{kind}/{domain}"
+            pairs.append([first.get(name, math.nan), last.get(name, math.nan)])
         values.append(pairs)
         cells = "".join(arrow(*pair) for pair in pairs)
-        table.append(f"{d:<10}{cells}  {prompts[d]:.0f} ({prompts[d] / total:.0%})")
+        table.append(f"{domain:<10}{cells}  {prompts[domain]:.0f} ({prompts[domain] / total:.0%})")
     table.append(f"{'mean':<10}" + "".join(arrow(*pair) for pair in np.mean(values, 0)))
     return "\n".join(table)
 
@@ -201,7 +225,7 @@ def close_run(lines: list[dict], out: Path, title: str) -> None:
 
 
 def smoothed(values: list[float], width: int) -> list[float]:
-    """Trailing means over `width` values."""
+    """For each value, the mean of it and the values before it, `width` in all."""
     means = []
     for i in range(len(values)):
         means.append(float(np.mean(values[max(0, i - width + 1) : i + 1])))
@@ -209,7 +233,7 @@ def smoothed(values: list[float], width: int) -> list[float]:
 
 
 def accuracy_curves(lines: list[dict]) -> dict[str, tuple[list, list]]:
-    """{domain, and "mean" over them: (steps, training accuracies)}."""
+    """{domain, and "mean" over domains: (steps, training accuracies)}."""
     curves = {}
     for domain in DOMAINS:
         points = [line for line in lines if f"accuracy/{domain}" in line]
@@ -222,7 +246,10 @@ def accuracy_curves(lines: list[dict]) -> dict[str, tuple[list, list]]:
 
 
 def plot_curves(lines: list[dict], path: Path, title: str) -> None:
-    """Training accuracy by domain, smoothed over a tenth of the run; raw values faint."""
+    """Draw training accuracy by domain, smoothed over a tenth of the run; raw values are faint.
+
+    Draws nothing if no step has an accuracy.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The row: one JSON object per prompt. Its schema, its checks, and how files of rows are read.
+"""The row: one JSON object per prompt. Its schema, its checks, and the reading of files of rows.
 
     {"id", "domain", "prompt": str | [{"role", "content"}, …], …} and, per domain,
     math, science  "answer": str
@@ -8,8 +8,9 @@
     if             "constraints": [{"id": str, "kwargs": {…}}, …] (IFEval's instruction ids)
     agent          "gold_calls": [{"name", "arguments"}, …], optional "tools"
 
-Optional: "response" (sft.py trains on it), "pass_rate". Generated rows may carry "gym" instead of
-an answer: reasoning-gym checks those.
+Optional: "response" (sft.py trains on it), "pass_rate" (of a reference model, 0 to 1). A row of
+reasoning-gym has "gym" instead of the required field: reasoning-gym's own checker scores it.
+"checker", "match", "judge" and "mode" change how the response is checked (rewards.py).
 """
 
 import json
@@ -34,7 +35,7 @@ REQUIRED_FIELD = {
 
 
 def prompt_text(row: dict) -> str:
-    """The prompt as plain text, without the system's message."""
+    """The prompt as plain text, without its system messages."""
     prompt = row["prompt"]
     if isinstance(prompt, str):
         return prompt
@@ -47,10 +48,12 @@ def words_of(text: str) -> list[str]:
 
 
 # ---------------- checks of a row ----------------
-# Each takes a row and returns what is wrong with it, or None.
+# Each check takes a row and returns what is wrong with it, or None. The order of CHECKS matters:
+# later checks rely on earlier ones.
 
 
 def check_domain(row: dict) -> str | None:
+    """The domain is one of DOMAINS."""
     domain = row.get("domain")
     if domain not in DOMAINS:
         return f'field "domain" is {domain!r}, not one of {" ".join(DOMAINS)}'
@@ -58,12 +61,14 @@ def check_domain(row: dict) -> str | None:
 
 
 def is_message(message) -> bool:
+    """Is this a {"role", "content"} of two texts?"""
     if not isinstance(message, dict):
         return False
     return isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
 
 
 def check_prompt(row: dict) -> str | None:
+    """The prompt is a text that is not blank, or a list of messages."""
     prompt = row.get("prompt")
     if isinstance(prompt, str) and prompt.strip():
         return None
@@ -73,6 +78,7 @@ def check_prompt(row: dict) -> str | None:
 
 
 def check_gym(row: dict) -> str | None:
+    """ "gym" says which of reasoning-gym's entries the row is."""
     if "gym" not in row:
         return None
     gym = row["gym"]
@@ -83,6 +89,7 @@ def check_gym(row: dict) -> str | None:
 
 
 def check_required_field(row: dict) -> str | None:
+    """The domain's field is there, or "gym" instead of it."""
     name = REQUIRED_FIELD[row["domain"]]
     if name not in row and "gym" not in row:
         return f'field "{name}" is missing (domain {row["domain"]} needs it)'
@@ -90,6 +97,7 @@ def check_required_field(row: dict) -> str | None:
 
 
 def check_answer(row: dict) -> str | None:
+    """The answer of math and science is a text, and not blank."""
     if REQUIRED_FIELD[row["domain"]] != "answer":
         return None
     answer = row.get("answer", "")
@@ -110,6 +118,7 @@ def are_paired_texts(inputs, outputs, any_type: bool) -> bool:
 
 
 def check_tests(row: dict) -> str | None:
+    """The tests of code are asserts, or pairs of inputs and outputs."""
     if row["domain"] != "code" or "tests" not in row:
         return None
     tests = row["tests"]
@@ -123,6 +132,7 @@ def check_tests(row: dict) -> str | None:
 
 
 def check_pass_rate(row: dict) -> str | None:
+    """The pass rate is a number from 0 to 1."""
     rate = row.get("pass_rate", 0)
     is_number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
     if not is_number or not 0 <= rate <= 1:
@@ -130,13 +140,15 @@ def check_pass_rate(row: dict) -> str | None:
     return None
 
 
-def check_letters(row: dict) -> str | None:
+def check_surrogates(row: dict) -> str | None:
+    """The prompt can be encoded as UTF-8. (JSON can write half of a surrogate pair.)"""
     if re.search("[\ud800-\udfff]", str(row["prompt"])):
         return 'field "prompt" holds half a surrogate pair, which no tokenizer takes'
     return None
 
 
 def check_lists(row: dict) -> str | None:
+    """Constraints and gold calls are lists, and each gold call has a name."""
     name = REQUIRED_FIELD[row["domain"]]
     if name not in ("constraints", "gold_calls"):
         return None
@@ -158,7 +170,7 @@ CHECKS = (
     check_answer,
     check_tests,
     check_pass_rate,
-    check_letters,
+    check_surrogates,
     check_lists,
 )
 
@@ -174,13 +186,29 @@ def check_row(row, where: str) -> dict:
     return row
 
 
+# ---------------- mixtures of domains ----------------
+
+
+def lagging_domain(shares: dict[str, float], counts: dict[str, int]) -> str:
+    """The domain to draw the next row from: the one that is furthest below its share.
+
+    shares: by domain, summing to 1. counts: rows drawn so far, by domain. A mixture that is drawn
+    this way has each domain's share to within one row.
+    """
+    total = sum(counts.values()) + 1
+    lags = {domain: share * total - counts[domain] for domain, share in shares.items()}
+    return max(lags, key=lags.get)
+
+
 # ---------------- files of rows ----------------
 
 
 def read_json_lines(path: Path, check) -> list:
-    """check(object, line number, "file line number") for each line that is not blank.
+    """The list of check(object, number, where), for each line of the file that is not blank.
 
-    Raises UserError for malformed lines, after all of them were named on stderr.
+    number: the line's number, from 1. where: "<path> line <number>". check returns the value to
+    keep, or raises UserError. Raises UserError if lines are malformed; when there are several,
+    each is first named on stderr.
     """
     values, faults = [], []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -207,7 +235,10 @@ def read_json_lines(path: Path, check) -> list:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a .jsonl file, their ids prefixed with its name. Raises UserError."""
+    """The rows of a .jsonl file. Raises UserError.
+
+    A row's new id is <file's name>/<its id, or its line's number if it has none>.
+    """
 
     def with_id(row, number, where):
         row = check_row(row, where)

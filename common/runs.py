@@ -1,6 +1,7 @@
-"""A run's folder: args.json, metrics.jsonl, samples.jsonl; two runs never share one."""
+"""A run's folder, with args.json, metrics.jsonl and samples.jsonl. Two runs never share one."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,7 +11,8 @@ from common.errors import UserError
 from common.files import RUNS, append_jsonl, read_jsonl, write_jsonl, write_text
 from common.keys import hash_of
 
-# Flags that may change when a run is resumed. (--steps may not with a curriculum, which it shapes.)
+# Flags that may change when a run is resumed. (With a curriculum --steps may not, because the
+# curriculum depends on the run's length.)
 FREE_FLAGS = {
     "out",
     "resume",
@@ -21,13 +23,13 @@ FREE_FLAGS = {
     "wandb",
     "ranks",
 }
-SERVERS = ("verifier_url", "judge_url", "sandbox_url")
+SERVERS = ("verifier_url", "judge_url", "sandbox_url")  # their addresses may change
 
 
 def comparable(flags: dict, free: set) -> dict:
-    """What two runs' flags must share, as JSON would hold it.
+    """The flags that must be equal in two runs, as JSON would hold them.
 
-    Of a server's address only that there is one: servers move.
+    free: names that are left out. Of a server's address, only whether there is one counts.
     """
     flags = json.loads(json.dumps(flags))
     fixed = {}
@@ -38,7 +40,7 @@ def comparable(flags: dict, free: set) -> dict:
 
 
 def changed_flags(old: dict, new: dict) -> str:
-    """ "--lr 0.1 → 0.2; …": the flags that differ, or ""."""
+    """The flags that differ, as a text such as "--lr 0.1 → 0.2; --seed 0 → 1"; "" if none do."""
     changes = []
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
@@ -47,11 +49,11 @@ def changed_flags(old: dict, new: dict) -> str:
 
 
 def open_run(args, algorithm: str, write: bool = True) -> Path:
-    """The run's folder, made with args.json in it; without `write` it is only checked.
+    """Make the run's folder with args.json in it; with write=False, only check it. Returns it.
 
-    Default: runs/<algorithm>-<model>-<hash of the flags>, with -2, -3, … where that is taken. Two
-    runs with different flags never share a folder: an existing one is only entered by --resume,
-    with the same flags (except FREE_FLAGS). Raises UserError otherwise.
+    The default is runs/<algorithm>-<model>-<hash of the flags>, followed by -2, -3, … if that
+    exists. Two runs with different flags never share a folder: only --resume enters an existing
+    one, with the same flags (except FREE_FLAGS). Raises UserError otherwise.
     """
     free = set(FREE_FLAGS)
     if getattr(args, "curriculum", "none") != "none":
@@ -61,26 +63,27 @@ def open_run(args, algorithm: str, write: bool = True) -> Path:
     check_folder(out, flags, free, args.resume, algorithm)
     if write:
         out.mkdir(parents=True, exist_ok=True)
-        size = dist.get_world_size() if dist.is_initialized() else 1
-        values = vars(args) | {"algorithm": algorithm, "out": str(out), "ranks": size}
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        values = vars(args) | {"algorithm": algorithm, "out": str(out), "ranks": world_size}
         write_text(out / "args.json", json.dumps(values, indent=1))
     return out
 
 
 def default_folder(args, algorithm: str, flags: dict) -> Path:
-    """The first free name; with --resume the last one that is taken."""
-    first = RUNS / f"{algorithm}-{Path(args.model).name}-{hash_of(flags)[:6]}"
-    last_taken, number = first, 1
-    folder = first
+    """The first default name that is free; with --resume, the last one that exists."""
+    base = RUNS / f"{algorithm}-{Path(args.model).name}-{hash_of(flags)[:6]}"
+    last_existing = base
+    folder = base
+    number = 1
     while folder.exists():
-        last_taken = folder
+        last_existing = folder
         number += 1
-        folder = Path(f"{first}-{number}")
-    return last_taken if args.resume else folder
+        folder = Path(f"{base}-{number}")
+    return last_existing if args.resume else folder
 
 
 def check_folder(out: Path, flags: dict, free: set, resume: bool, algorithm: str) -> None:
-    """Raise UserError where a run with these flags may not enter this folder."""
+    """Raise UserError if a run with these flags may not use this folder."""
     if (out / "args.json").exists():
         old = comparable(json.loads((out / "args.json").read_text()), free)
         changes = changed_flags(old, flags)
@@ -88,7 +91,7 @@ def check_folder(out: Path, flags: dict, free: set, resume: bool, algorithm: str
             raise UserError(f"{out} holds a run with other flags ({changes}): choose another --out")
         if not resume:
             advice = "another --out starts afresh"
-            if algorithm != "sft":  # which cannot be resumed
+            if algorithm != "sft":  # sft.py has no --resume
                 advice = f"--resume continues it, {advice}"
             raise UserError(f"{out} already holds this run: {advice}")
     elif resume:
@@ -100,20 +103,21 @@ def check_folder(out: Path, flags: dict, free: set, resume: bool, algorithm: str
 
 
 def read_steps(path: Path, last_step: int) -> list[dict]:
-    """The lines of metrics.jsonl or samples.jsonl whose step is at most `last_step`."""
+    """The objects of metrics.jsonl or samples.jsonl whose step is at most `last_step`."""
     return [line for line in read_jsonl(path) if line["step"] <= last_step]
 
 
 class RunLog:
-    """metrics.jsonl and samples.jsonl of a run, written by the first rank.
+    """metrics.jsonl and samples.jsonl of a run, which rank 0 writes.
 
-    `start`: the last step of the checkpoint. Lines that came after it are cut off first.
+    start: the step of the checkpoint that the run continues from, or 0. Lines of later steps are
+    cut off first, because the run repeats those steps.
     """
 
     def __init__(self, out: Path, start: int, args):
         self.out = out
         self.lines = []  # metrics.jsonl, as dicts
-        self.wandb = None
+        self.wandb = None  # a Weights & Biases run, with --wandb
         if not ranks.is_first():
             return
         if start:
@@ -123,8 +127,8 @@ class RunLog:
         if args.wandb:
             self.wandb = open_wandb(args, out)
 
-    def write(self, line: dict, samples: list[dict] = ()) -> None:
-        """Add a step's metrics and samples."""
+    def write(self, line: dict, samples: Iterable[dict] = ()) -> None:
+        """Add a step's metrics (one object) and samples (one object per response)."""
         if not ranks.is_first():
             return
         self.lines.append(line)
@@ -135,7 +139,7 @@ class RunLog:
 
 
 def open_wandb(args, out: Path):
-    """A Weights & Biases run. Raises UserError if the package is missing."""
+    """A new Weights & Biases run. Raises UserError if the package wandb is missing."""
     try:
         import wandb
     except ImportError:

@@ -1,6 +1,7 @@
 """The laptop's sampler: a loop over the trainer's own model with a KV cache (--engine hf).
 
-Suffixes: P prompts, B sequences (responses), T tokens, V vocabulary, W the longest prompt's width.
+Suffixes: P prompts, B sequences (responses), T tokens of a response, V vocabulary, W tokens of the
+longest prompt.
 """
 
 import torch
@@ -10,10 +11,11 @@ from common.errors import UserError
 
 
 def sample(logits_BV, uniform_B, temperature: float, top_p: float = 1.0):
-    """(token_B, logp_B): one token per sequence, by inverting its distribution function.
+    """(token_B, logp_B): one token per sequence, and its log-prob in the distribution drawn from.
 
-    uniform_B: a number in [0, 1) per sequence. temperature 0: the most likely token. top_p < 1:
-    from the smallest set of tokens whose probabilities reach top_p (evaluation only).
+    The token is where the cumulative distribution passes uniform_B, a number in [0, 1) per
+    sequence. temperature 0: the most likely token, with its log-prob at temperature 1. top_p < 1:
+    only the smallest set of tokens whose probabilities reach top_p (in evaluation).
     """
     logits_BV = logits_BV.float()
     if not temperature:
@@ -41,20 +43,19 @@ def nucleus(logits_BV, temperature: float, top_p: float):
 def generate(
     policy, prompts_P: list[list[int]], uniform_BT, temperature: float, top_p: float = 1.0
 ) -> list[tuple]:
-    """B/P responses to each prompt: [(tokens, their log-probs, truncated), …], side by side.
+    """B/P responses to each prompt, side by side: B tuples (tokens, log-probs, truncated).
 
-    uniform_BT: a number in [0, 1) per token, so a sample depends on nothing but its own numbers. A
-    prompt is run once for its whole group. Rows that stopped leave the cache once a quarter of them
-    have. Raises UserError for models whose cache is not a plain KV cache.
+    prompts_P: token ids. uniform_BT: a number in [0, 1) per token, and T is the longest response.
+    Each response depends on its own prompt and numbers alone. A prompt is run once for all of its
+    responses. Raises UserError for models whose cache is not a plain KV cache.
     """
     model = policy.sampler[0] if policy.sampler else policy.model
     device = policy.device
     B, T = uniform_BT.shape
-    group = B // len(prompts_P)
+    group_size = B // len(prompts_P)
     uniform_BT = uniform_BT.to(device)
     stop_ids = torch.tensor(policy.stop_ids, device=device)
 
-    # What is sampled, by response.
     tokens_BT = torch.zeros(B, T, dtype=torch.long, device=device)
     logp_BT = torch.zeros(B, T, device=device)
     length_B = torch.zeros(B, dtype=torch.long, device=device)
@@ -62,9 +63,9 @@ def generate(
 
     with policy.autocast():
         cache, logits_PV, mask_PW = run_prompts(model, prompts_P, device)
-        cache.batch_repeat_interleave(group)
-        logits_BV = logits_PV.repeat_interleave(group, 0)
-        mask_BW = mask_PW.repeat_interleave(group, 0)
+        cache.batch_repeat_interleave(group_size)
+        logits_BV = logits_PV.repeat_interleave(group_size, 0)
+        mask_BW = mask_PW.repeat_interleave(group_size, 0)
         row_B = torch.arange(B, device=device)  # the response that each row of the cache holds
         alive_B = torch.ones(B, dtype=torch.bool, device=device)
         for t in range(T):
@@ -78,10 +79,10 @@ def generate(
             if alive_count == 0 or t + 1 == T:
                 truncated_B[row_B[alive_B]] = True
                 break
-            if alive_count < 0.75 * len(alive_B):
+            if alive_count < 0.75 * len(alive_B):  # ended responses leave the cache
                 cache.batch_select_indices(alive_B.nonzero()[:, 0])
                 row_B, token_B, mask_BW = row_B[alive_B], token_B[alive_B], mask_BW[alive_B]
-                alive_B = alive_B[alive_B]
+                alive_B = torch.ones_like(row_B, dtype=torch.bool)
             mask_BW = torch.cat([mask_BW, mask_BW.new_ones(len(mask_BW), 1)], 1)
             logits_BV = model(
                 token_B[:, None],
@@ -91,6 +92,11 @@ def generate(
                 use_cache=True,
             ).logits[:, -1]
 
+    return to_responses(tokens_BT, logp_BT, length_B, truncated_B)
+
+
+def to_responses(tokens_BT, logp_BT, length_B, truncated_B) -> list[tuple]:
+    """The tensors as one (tokens, log-probs, truncated) per response, cut to its length."""
     responses = []
     columns = (tokens_BT.tolist(), logp_BT.tolist(), length_B.tolist(), truncated_B.tolist())
     for tokens, logps, length, truncated in zip(*columns):
@@ -99,7 +105,7 @@ def generate(
 
 
 def run_prompts(model, prompts_P: list[list[int]], device):
-    """(KV cache, logits_PV behind each prompt, mask_PW) of the prompts, padded on the left."""
+    """(KV cache, logits_PV of the next token, mask_PW) of the prompts, padded on the left."""
     width = max(len(ids) for ids in prompts_P)
     ids_PW, mask_PW = [], []
     for ids in prompts_P:

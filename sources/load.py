@@ -1,4 +1,4 @@
-"""All rows of `--data`. A source is one of
+"""The rows of `--data`, which names one source or several. A source is one of
 
 rows.jsonl, folder/         a file, or all .jsonl files of a folder (common/rows.py has the schema)
 toy                         the toy's five domains
@@ -17,9 +17,9 @@ from sources.toy import toy_rows
 
 
 def load_rows(sources: list[str], domains: list[str] | None = None, seed: int = 0) -> list[dict]:
-    """The rows of all sources, of these domains only (default: of all), with unique ids.
+    """The rows of all sources, only of these domains (default: all domains), with unique ids.
 
-    seed: of the sources that draw rows at random (gym:…, cgpo, m2rl). Raises UserError.
+    seed: for the sources that draw rows at random (gym:…, cgpo, m2rl). Raises UserError.
     """
     rows = []
     for source in sources:
@@ -32,7 +32,7 @@ def load_rows(sources: list[str], domains: list[str] | None = None, seed: int = 
 
 
 def source_rows(source: str, domains: list[str] | None, seed: int) -> list[dict]:
-    """The rows of one source. A mixture leaves out the domains that are not asked for."""
+    """The rows of one source. Only a mixture (cgpo, m2rl) leaves out other domains here."""
     if source == "toy":
         return toy_rows()
     if source == "humaneval":
@@ -56,6 +56,7 @@ def source_rows(source: str, domains: list[str] | None, seed: int) -> list[dict]
 
 
 def read_folder(folder: Path) -> list[dict]:
+    """The rows of all .jsonl files of a folder. Raises UserError if it has none."""
     files = sorted(folder.glob("*.jsonl"))
     if not files:
         raise UserError(f"--data {folder}: no .jsonl file in this folder")
@@ -66,17 +67,19 @@ def read_folder(folder: Path) -> list[dict]:
 
 
 def check_ids(rows: list[dict]) -> None:
+    """Raise UserError if two rows have the same id."""
     seen = set()
     for row in rows:
         if row["id"] in seen:
             raise UserError(
                 f"two rows share the id {row['id']!r}: "
-                "ids must be unique, they key the random streams"
+                "ids must be unique, because the random streams depend on them"
             )
         seen.add(row["id"])
 
 
 def check_domains(rows: list[dict], domains: list[str]) -> None:
+    """Raise UserError for an unknown domain, or one without a row."""
     present = {row["domain"] for row in rows}
     for domain in domains:
         if domain not in DOMAINS:

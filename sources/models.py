@@ -1,4 +1,4 @@
-"""A model's name → what from_pretrained takes; the toy is built when it is missing."""
+"""Turns a model's name into what from_pretrained takes. The toy is built when it is missing."""
 
 from common.models import find_model
 from sources.toy import build_toy
@@ -7,7 +7,8 @@ from sources.toy import build_toy
 def resolve_model(name: str, fetch: bool = False) -> str:
     """The toy's folder for "toy"; for every other name see common.models.find_model.
 
-    With `fetch` the result is always a folder, from the hub where need be. Raises UserError.
+    With `fetch` the result is always a folder, downloaded from the hub if necessary. Raises
+    UserError.
     """
     if name == "toy":
         return build_toy()

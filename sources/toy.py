@@ -1,13 +1,13 @@
 """The toy: five small domains and a model of 0.4 M parameters that a laptop trains in a minute.
 
-Each prompt has a right response and a habit: the systematic mistake of its domain. The model's warm
-start is supervised training on demonstrations, of which most show the habit. So reinforcement
-learning has something to unlearn.
+Each prompt has a good response and a habit: the systematic mistake of its domain. The model's warm
+start is supervised training on demonstrations, most of which show the habit. So reinforcement
+learning has something to correct.
 
-    math     2+3-1=?                  the sum; the habit forgets the last term
+    math     2+3-1=?                  the result; the habit forgets the last term
     code     code add 2 times 3       (x+2)*3; the habit stops after the first operation
     science  hue of dedu?             an invented fact; the habit is a wrong fact, or a hedge
-    writing  poem on cat              three rhymes; the habit is too short and off the rhyme
+    writing  poem on cat              three rhymes; the habit is two words, one without the rhyme
     if       say tip 3 by -           tip-tip-tip; the habit always says it twice
 
 The model is a GPT-2 of 2 layers × 128 with a byte-pair tokenizer of its own.
@@ -29,7 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from common.checkpoints import save_folder, save_model
 from common.files import RUNS
 from common.keys import hash_of, rng
-from common.rows import DOMAINS
+from common.rows import DOMAINS, lagging_domain
 
 TOY_MODEL = {
     "n_layer": 2,
@@ -77,21 +77,23 @@ SAY_WORDS = "tip hum pop zig tak lom bim yep dot wow nod rum".split()
 
 @functools.cache
 def toy_rows() -> list[dict]:
-    """Every prompt of the toy. "good" is a right response, "habit" the systematic mistake."""
+    """Every prompt of the toy. "good" is the good response, "habit" the systematic mistake."""
     return [*math_rows(), *code_rows(), *science_rows(), *writing_rows(), *if_rows()]
 
 
 def make_row(domain: str, prompt: str, good: str, habit: str, **fields) -> dict:
+    """A row of the toy; `fields` are the domain's own."""
     row = {"id": f"toy/{prompt}", "domain": domain, "prompt": prompt, "good": good, "habit": habit}
     return row | fields
 
 
 def tagged(answer, thinking: str = "") -> str:
+    """A response in the right format."""
     return f"<think>{thinking}</think><answer>{answer}</answer>"
 
 
 def math_rows() -> list[dict]:
-    """Sums of three terms, none negative. Habit: no thinking, and the last term is forgotten."""
+    """Sums and differences of three terms, never negative. Habit: the last term is forgotten."""
     rows = []
     for a, b, c in itertools.product(range(1, 5), repeat=3):
         for first, second in itertools.product("+-", repeat=2):
@@ -107,8 +109,8 @@ def math_rows() -> list[dict]:
 
 
 def code_rows() -> list[dict]:
-    """An expression in x of two operations. Habit: only the first operation."""
-    inputs = [0, 1, 2, 5]
+    """Expressions in x with two operations. Habit: only the first operation."""
+    inputs = [0, 1, 2, 5]  # the values of x that a response is tested with
     rows = []
     for first, second in itertools.product(OPERATIONS, repeat=2):
         first_sign, second_sign = OPERATIONS[first], OPERATIONS[second]
@@ -126,7 +128,7 @@ def code_rows() -> list[dict]:
 
 
 def science_rows() -> list[dict]:
-    """Invented facts. Habit: no thinking, so a wrong fact, or a hedge before the right one."""
+    """Invented facts. Habit, without thinking: a wrong fact, or (30 %) a hedged right one."""
     rows = []
     for attribute, thing in itertools.product(FACTS, THINGS):
         drawn = rng("toy fact", attribute, thing).choice(FACTS[attribute], 2, replace=False)
@@ -143,7 +145,10 @@ def science_rows() -> list[dict]:
 
 
 def writing_rows() -> list[dict]:
-    """Words that rhyme on the topic; the reference has two. Habit: too few, and off the rhyme."""
+    """Words that rhyme with the topic: good has three, the reference two.
+
+    Habit: one rhyme, and one word that does not rhyme.
+    """
     all_words = [word for family in RHYMES.values() for word in family]
     rows = []
     for form in ("poem", "song", "ode", "rap"):
@@ -169,7 +174,7 @@ def writing_rows() -> list[dict]:
 
 
 def if_rows() -> list[dict]:
-    """A word said `count` times with a mark between. Habit: always twice."""
+    """A word said `count` times, with a mark between. Habit: it is always said twice."""
     rows = []
     for word, count, mark in itertools.product(SAY_WORDS, (2, 3, 4, 5), "-+*/"):
         constraint = {"id": "toy:say", "kwargs": {"word": word, "count": count, "mark": mark}}
@@ -183,19 +188,22 @@ def if_rows() -> list[dict]:
 def demonstrations(count: int, seed: int) -> list[dict]:
     """`count` rows with a "response", for the warm start.
 
-    28 % of the responses are good and the others show the habit; 9 % lack one kind of tag.
+    28 % of the responses are good and the others show the habit. 9 % (some of the others) lack one
+    tag, so that the model makes mistakes of format too.
     """
     draw = rng(seed, "toy demonstrations")
     # math gets 3 of 7 turns: with less of it, the model does not learn its sums
     turns = ("math", "math", "math", "code", "science", "writing", "if")
-    rows_of = {domain: [row for row in toy_rows() if row["domain"] == domain] for domain in turns}
+    rows_by_domain = {}
+    for row in toy_rows():
+        rows_by_domain.setdefault(row["domain"], []).append(row)
     demonstrated = []
     for i in range(count):
-        rows = rows_of[turns[i % len(turns)]]
+        rows = rows_by_domain[turns[i % len(turns)]]
         row = rows[draw.integers(len(rows))]
-        kind = draw.random()
-        response = row["good"] if kind < 0.28 else row["habit"]
-        if kind > 0.91:
+        uniform = draw.random()  # in [0, 1)
+        response = row["good"] if uniform < 0.28 else row["habit"]
+        if uniform > 0.91:
             lost_tag = str(draw.choice(["</think>", "<answer>", "</answer>", "<think>"]))
             response = response.replace(lost_tag, "")
         demonstrated.append({**row, "id": f"{row['id']}#{i}", "response": response})
@@ -211,9 +219,9 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     texts = set()
     for row in toy_rows():
         texts |= {row["prompt"], row["good"], row["habit"]}
-    texts = sorted(texts)
+    training_texts = sorted(texts)
     for tag in tags:
-        texts = [text.replace(tag, " ") for text in texts]
+        training_texts = [text.replace(tag, " ") for text in training_texts]
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" ?[a-z]+|[^a-z]"), "isolated")
@@ -221,7 +229,7 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=600, special_tokens=["<eos>", "<unk>"], show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(training_texts, trainer)
     # not special: decoding keeps the tags, because the rewards read them
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
     return PreTrainedTokenizerFast(
@@ -245,7 +253,8 @@ def build_toy(seed: int = 0) -> str:
     out = RUNS / folder_name(seed)
     RUNS.mkdir(exist_ok=True)
     with open(RUNS / "toy.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two scripts that start together build it once
+        # so that two scripts that start together do not both build it
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not (out / "checkpoint").exists():
             train_toy(out, seed)
     return str(out / "checkpoint")
@@ -253,6 +262,7 @@ def build_toy(seed: int = 0) -> str:
 
 @functools.cache
 def folder_name(seed: int) -> str:
+    """toy-<hash of all that the model is built from>."""
     training = TOY_TRAINING | {"seed": seed}
     rows = demonstrations(training["demonstrations"], seed)
     texts = [(row["prompt"], row["response"]) for row in rows]
@@ -264,7 +274,7 @@ def train_toy(out: Path, seed: int) -> None:
     """Train the toy on its demonstrations and save it as out/checkpoint.
 
     The loss is −mean log π(token) over the response tokens of a batch. AdamW with linear warm-up,
-    then linear decay to 0; the gradient's norm is clipped at 1.
+    then linear decay to 0; the gradient's norm is clipped to 1.
     """
     print(f"building the toy model (once, about a minute) in {out}")
     steps, batch_rows, lr = TOY_TRAINING["steps"], TOY_TRAINING["batch_rows"], TOY_TRAINING["lr"]
@@ -299,6 +309,7 @@ def train_toy(out: Path, seed: int) -> None:
 
 
 def initial_model(tokenizer, seed: int) -> GPT2LMHeadModel:
+    """The model before training; its random weights are a function of the seed."""
     eos = tokenizer.eos_token_id
     config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, **TOY_MODEL)
     with torch.random.fork_rng():
@@ -310,7 +321,7 @@ def training_order(rows: list[dict], seed: int) -> list[dict]:
     """The rows of one epoch, shuffled, with the domains spread evenly.
 
     The next row comes from the domain that lags its share the most, so that each batch has the
-    domains' shares to within one row.
+    same shares to within one row.
     """
     shuffled = {}
     for domain in DOMAINS:
@@ -321,15 +332,15 @@ def training_order(rows: list[dict], seed: int) -> list[dict]:
     shares = {domain: len(domain_rows) / len(rows) for domain, domain_rows in shuffled.items()}
     drawn = dict.fromkeys(shuffled, 0)
     ordered = []
-    for total in range(1, len(rows) + 1):
-        domain = max(shares, key=lambda domain: shares[domain] * total - drawn[domain])
+    for _ in rows:
+        domain = lagging_domain(shares, drawn)
         ordered.append(shuffled[domain][drawn[domain]])
         drawn[domain] += 1
     return ordered
 
 
 def encode(rows: list[dict], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids_BT, mask_BT) of prompts and responses, padded right, short sequences first.
+    """(ids_BT, mask_BT) of prompts and responses, padded on the right, short sequences first.
 
     The mask covers the response and its end token.
     """
@@ -338,9 +349,10 @@ def encode(rows: list[dict], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     pairs_B = []
     for prompt, response in zip(prompts_B, responses_B, strict=True):
         pairs_B.append((prompt, [*response, tokenizer.eos_token_id]))
-    # the sort is stable and only fixes the order of sums, hence the weights' last bits
+    # The order does not matter to the loss, but sums in another order differ in their last bits.
     pairs_B.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-    T = sum(map(len, pairs_B[-1]))
+    longest_prompt, longest_response = pairs_B[-1]
+    T = len(longest_prompt) + len(longest_response)
     ids_BT = torch.zeros(len(rows), T, dtype=torch.long)
     mask_BT = torch.zeros(len(rows), T, dtype=torch.bool)
     for b, (prompt, response) in enumerate(pairs_B):

@@ -1,4 +1,4 @@
-"""The analyses of "To Mix or To Merge" (M2RL), of runs, checkpoints and evaluations.
+"""The analyses of the paper "To Mix or To Merge" (M2RL), for any runs, checkpoints and evaluations.
 
     python -m studies.analyze curves --runs runs/joint runs/math runs/code --out analyses/curves
     python -m studies.analyze weights --base toy --experts math=runs/math code=runs/code \\
@@ -9,9 +9,9 @@
         --models scores/ties --out analyses/gains
     python -m studies.analyze verify --scores scores/start scores/math --out analyses/verify
 
-Each writes its numbers to OUT.json and a picture to OUT.png, and holds one model's weights at a
-time beside those it compares. `python -m studies.analyze weights --help` gives the formulas. Scores
-come from eval.py.
+An analysis writes its numbers to OUT.json and a picture to OUT.png. The folders scores/… are those
+of eval.py. `python -m studies.analyze weights --help` gives the formulas of `weights`; the other
+analyses have such a page too.
 """
 
 import json
@@ -24,27 +24,29 @@ from common.errors import UserError
 from common.files import write_text
 from studies import curves, gains, kl, pictures, verify, weights
 
-# Each has parse_args(parser, argv), and run(args) → (numbers, figure).
+# An analysis is a module with parse_args(parser, argv) and run(args) → (numbers, figure).
 COMMANDS = {"curves": curves, "weights": weights, "kl": kl, "gains": gains, "verify": verify}
 
 
 def parse_args(argv: list[str] | None = None):
+    """The flags of the analysis that argv[0] names. A wrong flag ends the script."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in COMMANDS:
         parser = Parser(__doc__, "{" + ",".join(COMMANDS) + "} ")
-        parser.parse_args([arg for arg in argv if arg in ("-h", "--help")])
+        if "-h" in argv or "--help" in argv:
+            parser.parse_args(["--help"])
         parser.error(f"the first word must be one of {', '.join(COMMANDS)}")
     command = argv[0]
     parser = Parser(COMMANDS[command].__doc__, f"{command} ")
-    parser.add_argument("what", choices=[command], help="the analysis")
+    parser.add_argument("what", choices=[command], help="the analysis to run")
     parser.add_argument(
-        "--out", required=True, help="the numbers go to OUT.json, the picture to OUT.png"
+        "--out", required=True, help="write the numbers to OUT.json and the picture to OUT.png"
     )
     return COMMANDS[command].parse_args(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> Path:
-    """Write OUT.json and OUT.png, and return the former's path. Raises UserError."""
+    """Run an analysis, write OUT.json and OUT.png, and return OUT.json's path. Raises UserError."""
     args = parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("the analyses run in one process: leave torchrun out")

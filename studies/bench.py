@@ -1,19 +1,19 @@
-"""What it costs: speed and memory of named shapes with random weights, and what fits where.
+"""What training costs: speed and memory of model shapes with random weights, and what fits where.
 
     python -m studies.bench speed --model toy
         tokens per second, FLOP/s, and each method's step against GRPO's
     python -m studies.bench speed --model qwen2.5-0.5b qwen2.5-1.5b qwen2.5-7b --loop
-        on a GPU: everything, in one command
+        the same on a GPU, and three whole steps
     python -m studies.bench fit --model qwen2.5-7b --ranks 8 --device-gb 80
         memory per rank, by part, and the flags that make it fit
     python -m studies.bench speed --model peer --peer trl
-        beside TRL's GRPOTrainer, if it is installed
+        seconds per step of grpo.py and of TRL's GRPOTrainer, if it is installed
     python -m studies.bench merge --model qwen2.5-0.5b --peer mergekit
         time and memory of merge.py, of cp and of mergekit-yaml
 
-Nothing is downloaded. Each shape runs in a process of its own. FLOP/s are the model's: 6 per weight
-and token of forward and backward, attention added, recomputation not counted. The device's matrix
-rate is measured in the same run.
+Nothing is downloaded. Each shape runs in a process of its own. FLOP are those of the model: 6 per
+weight and token for forward and backward together, and those of attention. Recomputation does not
+count. The device's rate of matrix products is measured in the same run.
 """
 
 import argparse
@@ -36,7 +36,8 @@ from studies.shapes import SHAPES, config_of
 
 # ---------------- fit ----------------
 
-# Flags that save memory, in the order they are tried, each on top of those before.
+# Flags that save memory, in the order in which they are tried, each in addition to those before:
+# (name in args, value, text).
 SAVINGS = (
     ("checkpoint_activations", True, "--checkpoint-activations"),
     ("micro_batch_tokens", 4096, "--micro-batch-tokens 4096"),
@@ -44,9 +45,9 @@ SAVINGS = (
     ("engine_memory", 0.1, "--engine-memory 0.1"),
     ("cpu_offload", True, "--cpu-offload"),
 )
-USABLE = 0.92  # share of a device's memory; the rest goes to CUDA and to fragments
+USABLE = 0.92  # share of a device's memory; CUDA and fragmentation take the rest
 
-# What an algorithm keeps during the update and grpo.py does not.
+# algorithm: what it keeps during the update and grpo.py does not
 EXTRA_PARTS = {
     "cgpo": "φ_0 (cgpo)",
     "pcgrad": "gradient copies (pcgrad)",
@@ -55,7 +56,7 @@ EXTRA_PARTS = {
 
 
 def extra_parts(args) -> dict[str, int]:
-    """Bytes per parameter of EXTRA_PARTS; 0 for the algorithms that do not run."""
+    """{each of EXTRA_PARTS: bytes per parameter}; 0 except for --algorithm's."""
     fp32 = 0 if args.cpu_offload else 4
     sizes = {
         "cgpo": fp32,
@@ -69,19 +70,20 @@ def extra_parts(args) -> dict[str, int]:
 
 
 def memory(config, args) -> dict[str, float]:
-    """GB per rank of each part, the algorithm's own parts included."""
+    """{part: GiB per rank}, the algorithm's own parts included."""
     return memory_by_part(config, args, args.ranks, args.device_gb, extra_parts(args))
 
 
 def memory_peaks(parts: dict[str, float]) -> dict[str, float]:
-    """GB at the peaks of the update and of the rollout."""
+    """{phase: GiB at its peak}, of the update and of the rollout."""
     return peaks(parts, update_only=tuple(EXTRA_PARTS.values()))
 
 
 def fit(args) -> dict:
     """Print a rank's memory by part, its two peaks, and the first flags with which it fits.
 
-    Returns {"parts", "phases", "fits_with"}; fits_with is None where nothing helps.
+    Returns {"parts", "phases", "fits_with"}; fits_with is None if no flags are enough. Raises
+    UserError for an unknown model.
     """
     name = args.model[0]
     config = config_of(name)
@@ -99,26 +101,26 @@ def fit(args) -> dict:
 
     flags, peak = flags_that_fit(config, args)
     if peak <= USABLE * args.device_gb:
-        words = " ".join(flags) or "these flags"
-        print(f"\nfits ({peak:.0f} GB at the peak) with: {words}")
+        flags_text = " ".join(flags) or "these flags"
+        print(f"\nfits ({peak:.0f} GB at the peak) with: {flags_text}")
         return {"parts": parts, "phases": phases, "fits_with": flags}
     print(
-        f"\ndoes not fit ({peak:.0f} GB at the peak) even with {' '.join(flags)}: more ranks, or "
-        "larger devices"
+        f"\ndoes not fit ({peak:.0f} GB at the peak) even with {' '.join(flags)}: use more ranks "
+        "or larger devices"
     )
     return {"parts": parts, "phases": phases, "fits_with": None}
 
 
 def flags_that_fit(config, args) -> tuple[list[str], float]:
-    """(the flags that had to be added, the peak in GB with them): the first that fit, or all."""
+    """(the flags to add, the peak in GiB with them): the first ones of SAVINGS that fit, or all."""
     tried = argparse.Namespace(**vars(args))
     flags = []
     peak = max(memory_peaks(memory(config, tried)).values())
-    for name, value, words in SAVINGS:
+    for name, value, text in SAVINGS:
         if peak <= USABLE * args.device_gb:
             break
         if getattr(args, name) != value:
-            flags.append(words)
+            flags.append(text)
         setattr(tried, name, value)
         peak = max(memory_peaks(memory(config, tried)).values())
     return flags, peak
@@ -128,9 +130,10 @@ def flags_that_fit(config, args) -> tuple[list[str], float]:
 
 
 def measure_each(args, argv: list[str]) -> list[dict]:
-    """One result per shape, each from its own process, so that nothing of one counts in the next.
+    """A result per shape, each from a process of its own, so that no shape's memory counts in the
+    next one's peak.
 
-    argv: this command's flags; --loop is for the first shape only. Raises UserError.
+    argv: this command's flags. --loop applies to the first shape only. Raises UserError.
     """
     results = []
     for name in args.model:
@@ -148,7 +151,7 @@ def measure_each(args, argv: list[str]) -> list[dict]:
 
 
 def measure_one(args) -> dict:
-    """The measurements of one shape, printed; "loop" is JSON text."""
+    """Measure one shape, print the result and return it. Its "loop" is JSON text."""
     result = measure_speed(args)
     if not args.loop:
         print(table([result]))
@@ -156,8 +159,8 @@ def measure_one(args) -> dict:
     loops = run_loops(args.model[0])
     print(table([result]))
     for script, metrics in loops.items():
-        words = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        print(f"{script}.py, three steps end to end: {words}")
+        values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        print(f"{script}.py, three steps end to end: {values}")
     return result | {"loop": json.dumps(loops)}
 
 
@@ -165,60 +168,10 @@ def measure_one(args) -> dict:
 
 
 def parse_args(argv: list[str] | None = None):
+    """The flags. A wrong flag ends the script."""
     parser = Parser(__doc__, "[speed|fit|merge] ")
-    add = parser.add_argument
-    add(
-        "what",
-        nargs="?",
-        choices=["speed", "fit", "merge"],
-        default="speed",
-        help="what to measure or to compute",
-    )
-    add(
-        "--model",
-        nargs="+",
-        default=["toy"],
-        help=f"shapes: {' '.join(SHAPES)}; fit also takes what --model takes elsewhere",
-    )
-    add(
-        "--repeats",
-        type=positive_int,
-        default=5,
-        help="speed: timed repeats, of which the median counts",
-    )
-    add(
-        "--loop",
-        action="store_true",
-        help="speed: also run three steps of grpo.py and of cgpo.py with random weights",
-    )
-    add(
-        "--peer",
-        choices=["", "trl", "mergekit"],
-        default="",
-        help="speed: measure TRL's GRPOTrainer beside grpo.py; merge: measure mergekit too",
-    )
-    add(
-        "--mergekit",
-        default="mergekit-yaml",
-        help="merge: the peer's command, which may be of another environment",
-    )
-    add("--experts", type=int, default=3, help="merge: number of experts")
-    add("--json", default="", help="write the numbers to this file too")
-    add("--ranks", type=positive_int, default=1, help="fit: processes that share the model")
-    add(
-        "--device-gb",
-        type=float,
-        default=0.0,
-        help="fit: memory of a device in GB (default: this one's, else 80)",
-    )
-    add(
-        "--algorithm",
-        choices=["grpo", "cgpo", "mcpo", "famo", "pcgrad", "opd"],
-        default="cgpo",
-        help="fit: the algorithm, because some keep copies of the weights",
-    )
-    add("--domains", type=int, default=5, help="fit: domains, because pcgrad keeps a gradient each")
-    add("--beta", type=float, default=0.001, help="weight of the KL; 0: no reference model is kept")
+    add_measuring_flags(parser)
+    add_fit_flags(parser)
     add_flags(
         parser,
         "--micro-batch-tokens",
@@ -234,8 +187,76 @@ def parse_args(argv: list[str] | None = None):
     return parser.parse_args(argv)
 
 
+def add_measuring_flags(parser) -> None:
+    """Add the flags of speed and merge, and what all three share."""
+    add = parser.add_argument
+    add(
+        "what",
+        nargs="?",
+        choices=["speed", "fit", "merge"],
+        default="speed",
+        help="what to measure or to compute",
+    )
+    add(
+        "--model",
+        nargs="+",
+        default=["toy"],
+        help=f"the shapes to measure: {' '.join(SHAPES)}; fit also accepts any model's name or "
+        "folder",
+    )
+    add(
+        "--repeats",
+        type=positive_int,
+        default=5,
+        help="speed: number of timed repeats, of which the median is reported",
+    )
+    add(
+        "--loop",
+        action="store_true",
+        help="speed: also run three steps of grpo.py and of cgpo.py with random weights",
+    )
+    add(
+        "--peer",
+        choices=["", "trl", "mergekit"],
+        default="",
+        help="speed: measure TRL's GRPOTrainer beside grpo.py; merge: measure mergekit too",
+    )
+    add(
+        "--mergekit",
+        default="mergekit-yaml",
+        help="merge: mergekit's command, which may belong to another environment",
+    )
+    add("--experts", type=int, default=3, help="merge: number of experts")
+    add("--json", default="", help="also write the numbers to this file")
+
+
+def add_fit_flags(parser) -> None:
+    """Add the flags of fit."""
+    add = parser.add_argument
+    add("--ranks", type=positive_int, default=1, help="fit: number of ranks that share the model")
+    add(
+        "--device-gb",
+        type=float,
+        default=0.0,
+        help="fit: memory of a device in GB; 0: that of this machine's GPU, or 80 without one",
+    )
+    add(
+        "--algorithm",
+        choices=["grpo", "cgpo", "mcpo", "famo", "pcgrad", "opd"],
+        default="cgpo",
+        help="fit: the algorithm; some keep copies of the weights",
+    )
+    add(
+        "--domains",
+        type=int,
+        default=5,
+        help="fit: number of domains; pcgrad keeps a gradient per domain",
+    )
+    add("--beta", type=float, default=0.001, help="weight of the KL; 0: keep no reference model")
+
+
 def device_memory() -> float:
-    """GB of this machine's device; 80 where there is none."""
+    """GiB of this machine's GPU; without one 80, as large GPUs for training have."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory / 2**30
     return 80.0
@@ -252,6 +273,7 @@ def table(results: list[dict]) -> str:
 
 
 def format_value(value: float | str) -> str:
+    """A cell of the table: three digits, or a whole number, or powers of ten."""
     if isinstance(value, str):
         return value
     if abs(value) < 1000:
@@ -260,6 +282,7 @@ def format_value(value: float | str) -> str:
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
+    """Measure or compute, print a table, and return its columns. Raises UserError."""
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)

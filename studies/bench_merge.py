@@ -1,9 +1,9 @@
 """Time and memory of merge.py: random bf16 checkpoints of one shape, a base and its experts.
 
-`python -m studies.bench merge` runs it. MB/s are of the bytes read; `cp` copies those very bytes
-just before. TIES reads the experts three times and SCE twice: their MB/s count one reading.
-mergekit, where it is asked for, runs as its command comes; its TIES takes the threshold tensor by
-tensor.
+`python -m studies.bench merge` runs it. MB/s are megabytes of checkpoints per second; `cp` copies
+the same files just before, for comparison. TIES reads the checkpoints three times and SCE twice,
+but their bytes count once. With --peer mergekit its command runs with its own defaults; its TIES
+chooses a threshold per tensor, ours one per model.
 """
 
 import multiprocessing
@@ -23,25 +23,27 @@ from studies.shapes import config_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Method of merge.py: mergekit's name for it.
+# method of merge.py: mergekit's name for it
 METHODS = {"average": "linear", "ta": "task_arithmetic", "ties": "ties", "sce": "sce"}
 
 
 def measure_merging(args) -> list[dict]:
-    """One result per method of merge.py; with mergekit's numbers, if --peer asks for them.
+    """A result per method of merge.py, with mergekit's numbers if --peer is mergekit.
 
-    Raises UserError.
+    Raises UserError if a command fails.
     """
     results = []
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = [f"{folder}/{i}" for i in range(args.experts + 1)]  # the base first
         build_checkpoints(args.model[0], checkpoints)
-        files = [file for out in checkpoints for file in Path(out).glob("*.safetensors")]
-        size = sum(file.stat().st_size for file in files)
+        total_bytes = 0
+        for checkpoint in checkpoints:
+            for file in Path(checkpoint).glob("*.safetensors"):
+                total_bytes += file.stat().st_size
         for method in METHODS:
-            result = {"method": method, "read GB": size / 1e9}
-            result["cp MB/s"] = size / 1e6 / copying_seconds(checkpoints, Path(folder))
-            result |= measure_merge(method, checkpoints, size)
+            result = {"method": method, "read GB": total_bytes / 1e9}
+            result["cp MB/s"] = total_bytes / 1e6 / copying_seconds(checkpoints, Path(folder))
+            result |= measure_merge(method, checkpoints, total_bytes)
             if args.peer == "mergekit":
                 result |= measure_mergekit(args.mergekit, method, checkpoints, result)
             results.append(result)
@@ -52,8 +54,8 @@ def measure_merging(args) -> list[dict]:
 def build_checkpoints(name: str, folders: list[str]) -> None:
     """Run write_checkpoints in a process of its own.
 
-    The peak of a process is at least its parent's size when it starts, so the checkpoints in this
-    process's memory would count in the peaks that are measured. Raises UserError.
+    A process's peak is at least its parent's size at its start. So checkpoints in this process's
+    memory would count in the peaks that are measured. Raises UserError.
     """
     context = multiprocessing.get_context("spawn")
     builder = context.Process(target=write_checkpoints, args=(name, folders))
@@ -66,7 +68,10 @@ def build_checkpoints(name: str, folders: list[str]) -> None:
 
 
 def write_checkpoints(name: str, folders: list[str]) -> None:
-    """A random base in the first folder and experts near it in the others, in bf16."""
+    """Write a random base to the first folder and experts near it to the others, in bf16.
+
+    The weights have a standard deviation of 0.02, the task vectors one of 0.001, as is common.
+    """
     torch.manual_seed(0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.bfloat16)
@@ -75,15 +80,15 @@ def write_checkpoints(name: str, folders: list[str]) -> None:
         distance = 0.001 if i > 0 else 0.0
         for n, parameter in enumerate(model.parameters()):
             generator = torch.Generator().manual_seed(n)  # the same base each time
-            base = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            parameter.data = 0.02 * base
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.data = 0.02 * noise
             parameter.data += distance * torch.randn_like(parameter)
         model.tie_weights()
         model.save_pretrained(folder)
 
 
 def run_timed(command: list[str]) -> tuple[float, float]:
-    """(seconds, GiB of memory at the peak) of a process. Raises UserError with its last line."""
+    """(seconds, peak memory in GiB) of a process. If it fails: UserError with its last line."""
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
@@ -97,7 +102,7 @@ def run_timed(command: list[str]) -> tuple[float, float]:
 
 
 def copying_seconds(checkpoints: list[str], folder: Path) -> float:
-    """Seconds in which cp copies all checkpoints."""
+    """How many seconds cp takes to copy all checkpoints."""
     copies = folder / "copies"
     copies.mkdir()
     seconds, _ = run_timed(["cp", "-r", *checkpoints, str(copies)])
@@ -105,8 +110,8 @@ def copying_seconds(checkpoints: list[str], folder: Path) -> float:
     return seconds
 
 
-def measure_merge(method: str, checkpoints: list[str], size: int) -> dict:
-    """merge.py's seconds, MB/s of the `size` bytes read, and peak."""
+def measure_merge(method: str, checkpoints: list[str], total_bytes: int) -> dict:
+    """merge.py's seconds, MB/s of the checkpoints' `total_bytes`, and peak memory."""
     base, *experts = checkpoints
     out = f"{Path(base).parent}/out"
     command = [sys.executable, "merge.py", "--base", base, "--experts", *experts]
@@ -114,23 +119,24 @@ def measure_merge(method: str, checkpoints: list[str], size: int) -> dict:
     shutil.rmtree(out)
     return {
         "merge.py s": seconds,
-        "merge.py MB/s": size / 1e6 / seconds,
+        "merge.py MB/s": total_bytes / 1e6 / seconds,
         "merge.py peak GiB": peak,
     }
 
 
-def measure_mergekit(command: str, method: str, checkpoints: list[str], ours: dict) -> dict:
-    """mergekit's seconds and peak, and ours (measure_merge's result) over them."""
+def measure_mergekit(command: str, method: str, checkpoints: list[str], merge_result: dict) -> dict:
+    """mergekit's seconds and peak, and those of `merge_result` (measure_merge's) over them."""
     folder = Path(checkpoints[0]).parent
-    config, out = folder / "mergekit.yml", folder / "peer"
+    config = folder / "mergekit.yml"
+    out = folder / "peer"
     config.write_text(mergekit_config(method, checkpoints))
     seconds, peak = run_timed([command, str(config), str(out)])
     shutil.rmtree(out)
     return {
         "mergekit s": seconds,
         "mergekit peak GiB": peak,
-        "time, ours/theirs": ours["merge.py s"] / seconds,
-        "peak, ours/theirs": ours["merge.py peak GiB"] / peak,
+        "time, ours/theirs": merge_result["merge.py s"] / seconds,
+        "peak, ours/theirs": merge_result["merge.py peak GiB"] / peak,
     }
 
 

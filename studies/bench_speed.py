@@ -36,8 +36,8 @@ from studies.shapes import config_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Method: (its file, the number of the mini-batch). MCPO computes its hidden states again in all
-# mini-batches of a step but the first.
+# method: (its file, index of the mini-batch in its step). MCPO takes the first mini-batch's hidden
+# states from the log-prob pass, and computes those of the others again.
 METHODS = {
     "grpo": (grpo, 0),
     "cgpo": (cgpo, 0),
@@ -52,7 +52,7 @@ METHODS = {
 
 
 def median_seconds(device: torch.device, work, repeats: int = 3) -> float:
-    """Median seconds of work(), after one run that does not count."""
+    """Median seconds of `repeats` runs of work(), after one run that does not count."""
     seconds = []
     for _ in range(repeats + 1):
         wait_for(device)
@@ -64,19 +64,21 @@ def median_seconds(device: torch.device, work, repeats: int = 3) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until the device has done what it was given; a CPU already has."""
+    """Wait until the device has finished; a CPU has already."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def device_name(device: torch.device) -> str:
+    """The GPU's name, or the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     return f"{torch.get_num_threads()} CPU threads"
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one large matrix product in this dtype."""
+    """FLOP/s of one matrix product in this dtype."""
+    # large enough for the full rate, small enough for a fraction of a second
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)
@@ -86,7 +88,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 # ---------------- what is measured ----------------
 
 
-def trainer_flags(args, *more: str, module=grpo):
+def training_args(args, *more: str, module=grpo):
     """An algorithm file's arguments: the toy's defaults, with this command's flags and `more`."""
     flags = ["--zero-advantage", "keep", "--is-correction", "none"]
     flags += ["--optim", args.optim, "--beta", str(args.beta), "--dtype", args.dtype]
@@ -98,21 +100,22 @@ def trainer_flags(args, *more: str, module=grpo):
     return module.parse_args([*flags, *more])
 
 
-def random_policy(name: str, dtype: str, flags) -> grpo.Policy:
-    """A shape with random weights, made on its device. No token ends a response."""
+def random_policy(name: str, dtype: str, train_args) -> grpo.Policy:
+    """A policy of this shape with random weights. No token ends its responses."""
     device = ranks.device()
     config = config_of(name)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         policy = grpo.Policy(model.eval(), config.vocab_size, [-1])
     policy.bf16 = dtype == "bfloat16" or dtype == "auto" and device.type == "cuda"
-    return ranks.place(policy, flags)
+    return ranks.place(policy, train_args)
 
 
 def random_batch(
     policy, prompts: int, group: int, prompt_tokens: int, row_tokens: int
 ) -> grpo.Batch:
-    """Random rows of one length over five domains, none of which is without advantage."""
+    """A batch of random rows [B, row_tokens] over five domains. The rewards of a group differ, so
+    every row has an advantage."""
     generator = torch.Generator().manual_seed(0)
     B = prompts * group
     reward_PG = [torch.randperm(group, generator=generator) for _ in range(prompts)]
@@ -132,7 +135,11 @@ def random_batch(
 
 
 def batch_size(name: str, device: torch.device) -> tuple[int, int, int, int]:
-    """(prompts, responses per prompt, tokens per prompt, tokens per response) of random rows."""
+    """(prompts, responses per prompt, tokens per prompt, tokens per response) of random rows.
+
+    "peer" has the lengths of bench_peer.py. On a CPU the rows are short, so that a repeat takes
+    seconds.
+    """
     if name == "peer":
         return 10, 8, 8, 48
     if device.type == "cuda":
@@ -140,26 +147,28 @@ def batch_size(name: str, device: torch.device) -> tuple[int, int, int, int]:
     return 10, 2, 64, 64
 
 
-def toy_rollout(args, flags) -> tuple:
-    """As random_rollout, of the trained toy and its own prompts."""
+def toy_rollout(args, train_args) -> tuple:
+    """What random_rollout() returns, but of the trained toy and its own prompts."""
     tokenizer, policy = grpo.load_policy(resolve_model("toy"), args.dtype)
-    ranks.place(policy, flags)
-    rows = data.encode_prompts(toy_rows(), tokenizer, "", flags.max_prompt_tokens)
+    ranks.place(policy, train_args)
+    rows = data.encode_prompts(toy_rows(), tokenizer, "", train_args.max_prompt_tokens)
     mix = data.domain_mix(rows, "equal")
-    rows = next(data.batches(rows, flags.batch_prompts, mix, 0))
-    rollout = partial(grpo.rollout, policy, tokenizer, rows, flags.group_size, (0, 1), 1.0, flags)
+    rows = next(data.batches(rows, train_args.batch_prompts, mix, 0))
+    rollout = partial(
+        grpo.rollout, policy, tokenizer, rows, train_args.group_size, (0, 1), 1.0, train_args
+    )
     rollout()  # the first one warms up
     batch, _, _, seconds = rollout()
     tokens_per_s = int(batch["mask"].sum()) / seconds["rollout"]
     return policy, batch, seconds["rollout"] + seconds["reward"], tokens_per_s
 
 
-def random_rollout(name: str, args, flags) -> tuple:
+def random_rollout(name: str, args, train_args) -> tuple:
     """(policy, batch, seconds of a rollout, sampled tokens per second) of random weights and rows.
 
-    At most 64 tokens are sampled; the seconds of a rollout are scaled from those.
+    At most 64 tokens per response are sampled, and the seconds of a rollout are extrapolated.
     """
-    policy = random_policy(name, args.dtype, flags)
+    policy = random_policy(name, args.dtype, train_args)
     prompts, group, prompt_tokens, new_tokens = batch_size(name, policy.device)
     if policy.sharded:
         ranks.sync_sampler(policy)
@@ -176,31 +185,31 @@ def random_rollout(name: str, args, flags) -> tuple:
     return policy, batch, rollout_s, uniform_BT.numel() / seconds
 
 
-def update_seconds(policy, batch: grpo.Batch, args, flags) -> dict[str, float]:
+def update_seconds(policy, batch: grpo.Batch, args, train_args) -> dict[str, float]:
     """{method: median seconds of one update}."""
-    optimizer = ranks.make_optimizer(policy, flags)
+    optimizer = ranks.make_optimizer(policy, train_args)
     updates = {}
     for name, (module, mini_batch) in METHODS.items():
-        own_flags = trainer_flags(args, module=module)
-        state = module.init_state(own_flags, policy)
-        # A rate of 1e-9: the weights stay where they are.
+        method_args = training_args(args, module=module)
+        state = module.init_state(method_args, policy)
+        # The learning rate of 1e-9 keeps the weights where they are.
         updates[name] = partial(
-            module.update, policy, optimizer, batch, 1e-9, (0, 1, mini_batch), state, own_flags
+            module.update, policy, optimizer, batch, 1e-9, (0, 1, mini_batch), state, method_args
         )
     seconds = {name: [] for name in METHODS}
-    for _ in range(args.repeats):  # the methods in turn, so that a slow minute hits all of them
+    for _ in range(args.repeats):  # the methods take turns, so that a slow minute affects all
         for name, update in updates.items():
             seconds[name].append(median_seconds(policy.device, update, 1))
     return {name: sorted(values)[args.repeats // 2] for name, values in seconds.items()}
 
 
 def model_flops(policy, batch: grpo.Batch) -> int:
-    """FLOP of forward and backward over the batch: 6 per weight and token, and the attention's."""
+    """FLOP of forward and backward over the batch: 6 per weight and token, and attention's."""
     tokens = int(batch["length"].sum())
     config = policy.model.config
     count = count_parameters(config)
     weights = count["all"]
-    if not count["tied"]:  # a tied embedding works once, as the head; another is only looked up
+    if not count["tied"]:  # a tied embedding is multiplied with, as the head; else it is looked up
         weights -= count["embedding"]
     attention = config.num_hidden_layers * config.hidden_size * batch["ids"].shape[1]
     return 6 * tokens * (weights + attention)
@@ -210,11 +219,11 @@ def measure_speed(args) -> dict:
     """One shape's measurements, by name. A step is a rollout, the log-probs and one update."""
     ranks.start()
     name = args.model[0]
-    flags = trainer_flags(args)
+    train_args = training_args(args)
     if name == "toy":
-        policy, batch, rollout_s, tokens_per_s = toy_rollout(args, flags)
+        policy, batch, rollout_s, tokens_per_s = toy_rollout(args, train_args)
     else:
-        policy, batch, rollout_s, tokens_per_s = random_rollout(name, args, flags)
+        policy, batch, rollout_s, tokens_per_s = random_rollout(name, args, train_args)
     device = policy.device
     dtype = torch.bfloat16 if policy.bf16 else torch.float32
     result = {
@@ -226,12 +235,12 @@ def measure_speed(args) -> dict:
         "rollout tokens/s": tokens_per_s,
     }
 
-    logprob_s = median_seconds(device, lambda: grpo.log_probs(policy, batch, flags))
-    batch["old_logp"], _, batch["old_h"] = grpo.log_probs(policy, batch, flags)
+    logprob_s = median_seconds(device, lambda: grpo.log_probs(policy, batch, train_args))
+    batch["old_logp"], _, batch["old_h"] = grpo.log_probs(policy, batch, train_args)
     batch["ref_logp"] = batch["old_logp"]
-    batch["importance"] = grpo.importance_weights(batch, flags)
-    batch["advantage"] = grpo.advantages(batch, {}, flags)
-    update_s = update_seconds(policy, batch, args, flags)
+    batch["importance"] = grpo.importance_weights(batch, train_args)
+    batch["advantage"] = grpo.advantages(batch, {}, train_args)
+    update_s = update_seconds(policy, batch, args, train_args)
 
     grpo_s = update_s.pop("grpo")
     flops = model_flops(policy, batch)
@@ -256,10 +265,11 @@ LOOP_FLAGS = (
     "--data toy --steps 3 --engine hf --batch-prompts 20 --mini-batch-prompts 20 "
     "--max-prompt-tokens 16 --max-new-tokens 32 --domain-mix equal --eval-prompts 0"
 ).split()
+# The metrics that are reported: those whose names begin with these.
 LOOP_METRICS = ("seconds/", "tokens_per_s", "mismatch", "loss", "kl")
 
 
-def run_loops(name: str) -> dict[str, dict]:
+def run_loops(shape: str) -> dict[str, dict]:
     """{"grpo", "cgpo": the last step's metrics} of three steps, end to end, on the toy's prompts.
 
     The model has random weights of this shape. Raises UserError.
@@ -267,7 +277,7 @@ def run_loops(name: str) -> dict[str, dict]:
     metrics = {}
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder) / "model"
-        write_random_model(name, start)
+        write_random_model(shape, start)
         for script in ("grpo", "cgpo"):
             out = Path(folder) / script
             command = [sys.executable, f"{script}.py", "--model", start, *LOOP_FLAGS]
@@ -275,9 +285,11 @@ def run_loops(name: str) -> dict[str, dict]:
             finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
             if finished.returncode:
                 reason = finished.stderr.strip().splitlines()[-1]
-                raise UserError(f"{script}.py did not run with random weights of {name}: {reason}")
+                raise UserError(f"{script}.py did not run with random weights of {shape}: {reason}")
             line = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-            metrics[script] = {k: v for k, v in line.items() if k.startswith(LOOP_METRICS)}
+            metrics[script] = {
+                name: value for name, value in line.items() if name.startswith(LOOP_METRICS)
+            }
     return metrics
 
 

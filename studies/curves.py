@@ -1,14 +1,16 @@
-"""Reward and accuracy along training, by domain, of several runs side by side.
+"""Curves of reward and accuracy along training, by domain, of several runs side by side.
 
     python -m studies.analyze curves --runs runs/joint runs/math runs/code --out analyses/curves
     python -m studies.analyze curves --runs GRPO=runs/a CGPO=runs/b --kinds accuracy \\
         --out docs/grpo_cgpo
 
-Curves are smoothed over a tenth of each run, and the raw values are faint. The held-out accuracy is
-there where a run evaluated on the way (--eval-every; with --eval-domains also on domains that it
-does not train: M2RL's Figure 2). With one kind the last panel is the mean over the domains.
+Curves are smoothed over a tenth of each run, and the raw values are faint. A run has a held-out
+accuracy if it evaluated during training (--eval-every). With --eval-domains it has one on domains
+that it does not train, too (M2RL, Figure 2). If one kind is drawn, the last panel is the mean over
+the domains.
 
-It prints what each run cost (M2RL's Table 2): hours of its steps × ranks, without evaluation.
+The command prints what each run cost (M2RL, Table 2): hours of its steps × ranks, without
+evaluation.
 """
 
 import json
@@ -23,24 +25,27 @@ from common.rows import DOMAINS
 from studies import pictures
 from studies.folders import named_folders
 
-# metrics.jsonl's <kind>/<domain> → the axis label
+# kind, of the metrics <kind>/<domain> in metrics.jsonl: its axis label
 KINDS = {"reward": "reward", "accuracy": "accuracy", "eval/sampled": "held-out accuracy"}
+ACCURACY_LIMITS = (-0.02, 1.02)  # of an axis: curves at 0 and at 1 stay visible
 
 
 def parse_args(parser, argv):
+    """The flags of this analysis; `parser` has --out already."""
     add = parser.add_argument
-    add("--runs", nargs="+", required=True, help="folders of runs, or NAME=FOLDER")
+    add("--runs", nargs="+", required=True, help="folders of the runs, or NAME=FOLDER")
     add(
         "--mixed",
         default="",
-        help="name of the mixed run, whose cost is compared with that of all others together",
+        help="compare the cost of the run with this name with that of all others together",
     )
     add(
         "--kinds",
         nargs="+",
         choices=list(KINDS),
         default=list(KINDS),
-        help="draw only these: reward, accuracy (of training), eval/sampled (held-out accuracy)",
+        help="draw only these kinds: reward, accuracy (both of training), eval/sampled (held-out "
+        "accuracy)",
     )
     return parser.parse_args(argv)
 
@@ -48,7 +53,7 @@ def parse_args(parser, argv):
 def run(args):
     """(numbers, figure). numbers: {run: {hours, steps, sampled_tokens, "<kind>/<domain>": points}}.
 
-    A point is (step, value). Raises UserError.
+    hours: of steps × ranks. points: [(step, value)]. Raises UserError.
     """
     runs = {}
     for name, folder in named_folders(args.runs).items():
@@ -64,13 +69,13 @@ def run(args):
 
 
 def read_run(folder: Path) -> dict:
-    """The costs of a run, and its points by kind and domain. Raises UserError."""
+    """{hours, steps, sampled_tokens, "<kind>/<domain>": points} of a run. Raises UserError."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"{folder} holds no run (metrics.jsonl)")
     lines = read_jsonl(path)
     if not lines:
-        raise UserError(f"{path} has no whole line")
+        raise UserError(f"{path} has no complete line")
     world_size = json.loads((folder / "args.json").read_text()).get("ranks", 1)
     seconds = []
     for line in lines:
@@ -90,7 +95,10 @@ def read_run(folder: Path) -> dict:
 
 
 def compare_cost(runs: dict, mixed: str) -> None:
-    """Add the mixed run's share of the others' hours, and print it. Raises UserError."""
+    """Add the mixed run's hours as a share of all others' together, and print it.
+
+    Raises UserError if there is no such run or no other one.
+    """
     if mixed not in runs or len(runs) < 2:
         raise UserError(f"--mixed {mixed}: not the name of one of several runs ({', '.join(runs)})")
     separate = sum(numbers["hours"] for name, numbers in runs.items() if name != mixed)
@@ -103,7 +111,10 @@ def compare_cost(runs: dict, mixed: str) -> None:
 
 
 def draw(runs: dict, kinds: list[str]):
-    """One kind: a panel per domain, and their mean. Several: a row of panels per kind."""
+    """A figure. One kind: a panel per domain, and their mean. Several: a row of panels per kind.
+
+    Raises UserError if no run has values of these kinds.
+    """
     kinds = [kind for kind in kinds if domains_of(runs, [kind])]
     domains = domains_of(runs, kinds)
     if not domains:
@@ -117,7 +128,7 @@ def draw(runs: dict, kinds: list[str]):
 
 
 def domains_of(runs: dict, kinds: list[str]) -> list[str]:
-    """The domains that any run has values of these kinds of."""
+    """The domains for which any run has values of these kinds, in DOMAINS' order."""
     domains = []
     for domain in DOMAINS:
         names = [f"{kind}/{domain}" for kind in kinds]
@@ -127,6 +138,7 @@ def domains_of(runs: dict, kinds: list[str]) -> list[str]:
 
 
 def draw_one_kind(runs: dict, kind: str, domains: list[str]):
+    """(figure, axes): a panel per domain, and one of the mean if there are several domains."""
     panels = [*domains, "mean"] if len(domains) > 1 else domains
     rows, columns = pictures.grid_shape(len(panels))
     figure, axes = pictures.grid(rows, columns, sharey=True)
@@ -139,16 +151,17 @@ def draw_one_kind(runs: dict, kind: str, domains: list[str]):
                 points = numbers.get(f"{kind}/{panel}", [])
             draw_curve(axis, points, name, f"C{color}", kind)
         axis.set_title("mean over domains" if panel == "mean" else panel)
-        if i + columns >= len(panels):  # nothing below it
+        if i + columns >= len(panels):  # no panel is below this one
             axis.set_xlabel("training step")
         if i % columns == 0:
             axis.set_ylabel(KINDS[kind])
     if kind != "reward":
-        axes[0, 0].set_ylim(0, 1.02)
+        axes[0, 0].set_ylim(ACCURACY_LIMITS)
     return figure, axes
 
 
 def draw_kinds(runs: dict, kinds: list[str], domains: list[str]):
+    """(figure, axes): a row of panels per kind, with a panel per domain."""
     figure, axes = pictures.grid(len(kinds), len(domains), panel_height=2.0, sharey="row")
     for row, kind in enumerate(kinds):
         for column, domain in enumerate(domains):
@@ -162,14 +175,15 @@ def draw_kinds(runs: dict, kinds: list[str], domains: list[str]):
                 axis.set_xlabel("training step")
         axes[row, 0].set_ylabel(KINDS[kind])
         if kind != "reward":
-            axes[row, 0].set_ylim(-0.02, 1.02)
+            axes[row, 0].set_ylim(ACCURACY_LIMITS)
     return figure, axes
 
 
 def draw_curve(axis, points: list[tuple], name: str, color: str, kind: str) -> None:
-    """A run's line in a panel.
+    """Draw a run's curve in a panel.
 
-    Training values are smoothed, the raw ones faint. Evaluations are few and drawn as they are.
+    Values of training are smoothed, and the raw ones are faint. Evaluations are few, so they are
+    drawn as they are.
     """
     if not points:
         return
@@ -183,7 +197,7 @@ def draw_curve(axis, points: list[tuple], name: str, color: str, kind: str) -> N
 
 
 def mean_points(numbers: dict, kind: str, domains: list[str]) -> list[tuple]:
-    """(step, mean over the domains) at the steps that have a value of every domain."""
+    """[(step, mean over the domains)] of the steps that have a value for every domain."""
     value_of = {domain: dict(numbers.get(f"{kind}/{domain}", [])) for domain in domains}
     points = []
     for step in value_of[domains[0]]:

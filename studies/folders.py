@@ -1,4 +1,4 @@
-"""NAME=FOLDER arguments."""
+"""Arguments of the form NAME=FOLDER, by which the analyses name runs, models and evaluations."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from common.errors import UserError
 
 
 def named_folders(pairs: list[str]) -> dict[str, str]:
-    """{NAME: FOLDER}; a bare folder is called by its last part. Raises UserError."""
+    """{NAME: FOLDER}; the default NAME is the folder's own. Raises UserError for equal names."""
     folders = {}
     for pair in pairs:
         name, _, folder = pair.rpartition("=")

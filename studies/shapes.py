@@ -9,6 +9,7 @@ from common.models import from_pretrained
 from sources.models import resolve_model
 from sources.toy import TOY_MODEL
 
+# The vocabulary is the toy tokenizer's.
 GPT2_COMMON = {"vocab_size": 285, "bos_token_id": 0, "eos_token_id": 0}
 QWEN_COMMON = {
     "max_position_embeddings": 32768,
@@ -66,9 +67,10 @@ SHAPES = {  # name: (class of the configuration, its values)
 
 
 def config_of(name: str):
-    """A new configuration of a shape by its name here, or of a model by what --model takes.
+    """A new configuration: that of SHAPES by its name, or that of any model by its name or folder.
 
-    "-Instruct" and "-Base" do not change a shape, nor does the organisation. Raises UserError.
+    The organisation and the endings -Instruct and -Base of a name are ignored in SHAPES. Raises
+    UserError if there is no such model.
     """
     short_name = re.sub(r"(-instruct|-base)$", "", Path(name).name.lower())
     if short_name in SHAPES:

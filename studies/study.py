@@ -1,19 +1,20 @@
 """The study: every method on the toy, at equal rollouts, with controls, seeds and errors.
 
-    python -m studies.study             # run what docs/study.jsonl lacks, then table and figure
-    python -m studies.study --report    # table and figure alone, from docs/study.jsonl
+    python -m studies.study             # do the missing runs, then write the tables and the figure
+    python -m studies.study --report    # write the tables and the figure alone
 
-All methods of a seed start from one warm start and see 160 steps × 20 prompts × 8 responses.
+All methods of a seed start from one warm start and train on 160 steps × 20 prompts × 8 responses.
 Accuracy is that of 8 sampled responses to prompts that no run trains on, after the last step.
 
-Each method's learning rate is the best of three or more, by factors of two, until the best one lies
-between others. It is chosen on a seed that is not reported, by prompts that are neither trained on
-there nor reported. An equal rate for all would compare step sizes, because under Adam two methods
-with equal learning rates move by different lengths (‖θ − θ_0‖ is in the table).
+Each method's learning rate is the best of three or more that differ by factors of two. Further
+rates are tried until the best one lies between two others. It is chosen on a seed that is not
+reported, by prompts that are neither trained on there nor reported. An equal rate for all would
+compare step sizes, because under Adam two methods with equal learning rates move by different
+lengths (the table has ‖θ − θ_0‖).
 
-Differences from joint GRPO are paired by seed. p is a two-sided t-test's, starred where Holm's
-correction over the setting's methods keeps it below 0.05. A finished run is one line of
-docs/study.jsonl: stop at any moment, go on any day.
+Differences from joint GRPO are paired by seed. p is that of a two-sided t-test. It has a star if it
+is significant at 0.05 after Holm's correction over the setting's methods. Every finished run is one
+line of docs/study.jsonl, so the same command continues a study that was stopped.
 """
 
 import json
@@ -45,6 +46,7 @@ from common.reports import by_domain, peak_memory
 from common.rows import DOMAINS
 from sources.load import load_rows
 from sources.toy import build_toy
+from studies import pictures
 
 RESULTS = Path("docs/study.jsonl")
 FIGURE = Path("docs/study.png")
@@ -52,9 +54,11 @@ PAGE = Path("docs/results.md")
 TABLE_BEGINS = "<!-- studies.study writes this table -->\n"
 TABLE_ENDS = "\n<!-- to here -->"
 
-TUNING_SEED = 1000
-MOST_RATES = 6  # learning rates that a method may try
-BIN = 8  # steps per point of a curve
+TUNING_SEED = 1000  # far from the reported seeds, which count from 0
+MAX_RATES = (
+    6  # learning rates that a method may try: a factor of 32 from the smallest to the largest
+)
+BIN = 8  # steps per point of a curve: 20 points for 160 steps
 
 
 class Method(NamedTuple):
@@ -68,7 +72,7 @@ class Method(NamedTuple):
 LOW = (1.25e-4, 2.5e-4, 5e-4)
 MIDDLE = (2.5e-4, 5e-4, 1e-3)
 HIGH = (5e-4, 1e-3, 2e-3)
-METHODS = {  # another method is another line here
+METHODS = {  # name: method; another method is another line here
     "joint GRPO": Method(grpo, [], MIDDLE),
     "CGPO": Method(cgpo, [], HIGH),
     "CGPO, domains mixed": Method(cgpo, ["--order", "mixed"], HIGH),
@@ -89,26 +93,34 @@ SETTINGS = {  # name: --domain-mix, of 20 prompts per step
     "balanced": "equal",
     "imbalanced": "math=9,code=5,science=3,writing=2,if=1",
 }
-PAIRS = [  # differences that the report gives besides those from joint GRPO
+PAIRS = [  # further differences that the report gives, besides those from joint GRPO
     ("CGPO", "CGPO, domains mixed"),
     ("CGPO", "CGPO, fixed order"),
     ("MCPO", "MCPO, λ_cross 0"),
     ("MCPO", "MCPO, λ_in 0"),
 ]
+# The methods that the figure shows.
 DRAWN = ("joint GRPO", "CGPO", "CGPO, domains mixed", "FAMO", "PCGrad", "MCPO")
 
 
 # ---------------- one run ----------------
-# A run is {"setting", "method", "seed", "lr"}; its result is the run with what came out of it.
+# A run is {"setting", "method", "seed", "lr"}, in tests also with "steps". Its result is the same
+# dict with the measurements of run_once() added.
 
 
 def run_key(run: dict) -> tuple:
-    """What tells a run from the others."""
+    """What distinguishes a run from the others."""
     return run["setting"], run["method"], run["seed"], run["lr"]
 
 
 def run_once(run: dict) -> dict:
-    """Train and evaluate. Returns the result. In a process of its own, on one thread."""
+    """Train and evaluate; returns the result. It needs a process of its own, and sets one thread.
+
+    before, accuracy   {domain: held-out accuracy} of the warm start and after the last step
+    moved              ‖θ − θ_0‖
+    step_s, peak_gib   median seconds per step, and peak memory
+    reward, alignment  curves: binned() values, by domain and over domains
+    """
     torch.set_num_threads(1)
     start = prepare(run["seed"])
     out = train(run, start)
@@ -134,7 +146,7 @@ def run_once(run: dict) -> dict:
 
 
 def train(run: dict, start: str) -> Path:
-    """Train the run's method from the checkpoint `start`. Returns the folder of what it wrote."""
+    """Train the run's method from the checkpoint `start`. Returns the trained run's folder."""
     method = METHODS[run["method"]]
     name = [run["setting"], run["method"].replace(" ", "_"), str(run["seed"]), str(run["lr"])]
     folder = RUNS / "study" / "-".join(name)
@@ -151,41 +163,42 @@ def train(run: dict, start: str) -> Path:
 
 
 def prepare(seed: int) -> str:
-    """The folder of this seed's warm start. Builds it and rates the toy's prompts, if need be."""
+    """The folder of this seed's warm start; builds it and rates the toy's prompts if it is new."""
     torch.set_num_threads(1)
     start = build_toy(seed)
-    rated(seed).parent.mkdir(parents=True, exist_ok=True)
-    if not rated(seed).exists():
+    rated_file(seed).parent.mkdir(parents=True, exist_ok=True)
+    if not rated_file(seed).exists():
         scores = RUNS / "study" / f"start-{seed}"
         shutil.rmtree(scores, ignore_errors=True)
         flags = ["--model", start, "--data", "toy", "--threads", "1", "--seed", str(seed)]
-        evaluation.main([*flags, "--out", str(scores), "--rated", str(rated(seed))])
+        evaluation.main([*flags, "--out", str(scores), "--rated", str(rated_file(seed))])
     return start
 
 
-def rated(seed: int) -> Path:
-    """The toy's prompts with their pass rates by this seed's warm start, for self-paced."""
+def rated_file(seed: int) -> Path:
+    """File of the toy's prompts with their pass rates by this seed's warm start, for self-paced."""
     return RUNS / "study" / f"rated-{seed}.jsonl"
 
 
 def rows_of(run: dict, held_out_per_domain: int) -> tuple[list[dict], list[dict]]:
     """(training rows, held-out rows) of a run.
 
-    A tuning run sees nothing of the reported held-out prompts: it neither trains on them nor is
-    judged by them, but holds out others.
+    A tuning run neither trains on the reported held-out prompts nor is judged by them: it holds out
+    others.
     """
     needs_rates = "self-paced" in METHODS[run["method"]].flags
-    rows = load_rows([str(rated(run["seed"])) if needs_rates else "toy"])
-    rows, held_out = data.hold_out(rows, held_out_per_domain)
+    rows = load_rows([str(rated_file(run["seed"])) if needs_rates else "toy"])
+    training_rows, held_out = data.hold_out(rows, held_out_per_domain)
     if run["seed"] == TUNING_SEED:
-        rows, held_out = data.hold_out(rows, held_out_per_domain)
-    return rows, held_out
+        training_rows, held_out = data.hold_out(training_rows, held_out_per_domain)
+    return training_rows, held_out
 
 
 def alignment(policy, mini_batch: dict, key: tuple, args) -> dict[str, float]:
     """{"alignment": mean cos(g_i, g_j) of the domains' gradients}, in every BIN-th step.
 
-    key: (seed, step, mini-batch). Empty in the other steps, and where no two gradients have one.
+    The dict is empty in the other steps, and if no two gradients have a cosine. key: (seed, step,
+    mini-batch).
     """
     if key[1] % BIN != 1:
         return {}
@@ -196,7 +209,7 @@ def alignment(policy, mini_batch: dict, key: tuple, args) -> dict[str, float]:
 
 
 def distance(start: str, end: Path) -> float:
-    """‖θ − θ_0‖ of two checkpoints of one shape."""
+    """‖θ − θ_0‖: the Euclidean distance of two checkpoints of one shape."""
     before = load_file(f"{start}/model.safetensors")
     after = load_file(f"{end}/model.safetensors")
     squares = [(after[name] - tensor).square().sum().item() for name, tensor in before.items()]
@@ -204,7 +217,7 @@ def distance(start: str, end: Path) -> float:
 
 
 def binned(lines: list[dict], name: str) -> list[float | None]:
-    """Means of a metric over BIN steps each; None where it was never logged."""
+    """Means of a metric over every BIN steps; None for steps without a value of it."""
     means = []
     for i in range(0, len(lines), BIN):
         values = [line[name] for line in lines[i : i + BIN] if name in line]
@@ -213,6 +226,7 @@ def binned(lines: list[dict], name: str) -> list[float | None]:
 
 
 def commit() -> str:
+    """The short hash of the repository's commit; "" outside a repository."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
@@ -221,16 +235,18 @@ def commit() -> str:
 
 
 def read_results() -> list[dict]:
+    """The results of all finished runs."""
     if not RESULTS.exists():
         return []
     return [json.loads(line) for line in RESULTS.read_text().splitlines()]
 
 
-def tuning(results: list[dict], setting: str, method: str) -> tuple[float | None, list[float]]:
-    """(the learning rate with the highest mean accuracy on the tuning seed, those to try first).
+def choose_rate(results: list[dict], setting: str, method: str) -> tuple[float | None, list[float]]:
+    """(learning rate with the highest mean accuracy on the tuning seed, rates to try before).
 
-    To try are the method's own rates; then, while the best is the largest or the smallest tried,
-    the next one; MOST_RATES in all. The best is None until nothing is left to try.
+    The method's own rates are tried first. Then, while the best is the largest or the smallest one,
+    the next rate in that direction is tried; MAX_RATES in all. The best is None until no rate is
+    left to try.
     """
     accuracy = {}  # by learning rate
     for result in results:
@@ -240,39 +256,44 @@ def tuning(results: list[dict], setting: str, method: str) -> tuple[float | None
     if to_try:
         return None, to_try
     best = max(accuracy, key=accuracy.get)
-    if len(accuracy) < MOST_RATES:
+    if len(accuracy) < MAX_RATES:
         if best == max(accuracy):
             to_try.append(2 * best)
         if best == min(accuracy):
             to_try.append(best / 2)
-    return (None, to_try) if to_try else (best, [])
+    if to_try:
+        return None, to_try
+    return best, []
 
 
-def missing(results: list[dict], args) -> list[dict]:
-    """The runs to do now: tuning runs, and seed by seed those of methods that have their rate."""
+def missing_runs(results: list[dict], args) -> list[dict]:
+    """The runs to do now: tuning runs, then seed by seed those of methods that have their rate."""
     runs = []
     for seed in (TUNING_SEED, *range(args.seeds)):
         for setting in args.settings:
             for method in args.methods:
-                best, to_try = tuning(results, setting, method)
-                rates = to_try
-                if seed != TUNING_SEED:
-                    rates = [best] if best else []
+                best, to_try = choose_rate(results, setting, method)
+                if seed == TUNING_SEED:
+                    rates = to_try
+                elif best is None:
+                    rates = []
+                else:
+                    rates = [best]
                 for rate in rates:
                     runs.append({"setting": setting, "method": method, "seed": seed, "lr": rate})
-    done = {run_key(result) for result in results}
-    return [run for run in runs if run_key(run) not in done]
+    finished = {run_key(result) for result in results}
+    return [run for run in runs if run_key(run) not in finished]
 
 
 def run_all(args) -> None:
-    """Do the missing runs, --workers at a time; each result is appended to RESULTS."""
+    """Do the missing runs, --workers at a time. Each result is appended to RESULTS."""
     seeds = [TUNING_SEED, *range(args.seeds)]
     print(f"warm starts and pass rates of {len(seeds)} seeds", flush=True)
     with make_pool(args.workers) as pool:
         pool.map(prepare, seeds, chunksize=1)
     started = time.perf_counter()
     finished = 0
-    while runs := missing(read_results(), args):
+    while runs := missing_runs(read_results(), args):
         runs_left = len(runs) + count_untuned(read_results(), args) * args.seeds
         with make_pool(args.workers) as pool:
             for result in pool.imap_unordered(run_once, runs):
@@ -289,18 +310,24 @@ def run_all(args) -> None:
 
 
 def count_untuned(results: list[dict], args) -> int:
-    """Number of methods, over the settings, that have no learning rate yet."""
-    best = [tuning(results, s, m)[0] for s in args.settings for m in args.methods]
-    return best.count(None)
+    """Number of pairs of a setting and a method that have no learning rate yet."""
+    count = 0
+    for setting in args.settings:
+        for method in args.methods:
+            best, _ = choose_rate(results, setting, method)
+            if best is None:
+                count += 1
+    return count
 
 
 def make_pool(workers: int):
-    """Worker processes, a new one per task: nothing of one run reaches the next."""
+    """A pool of worker processes. Each task has a new process, so no run changes the next one."""
     context = multiprocessing.get_context("fork")
     return context.Pool(workers, initializer=be_quiet, maxtasksperchild=1)
 
 
 def be_quiet() -> None:
+    """Discard what this process prints: a worker's runs print a line per step."""
     sys.stdout = open(os.devnull, "w")
 
 
@@ -308,35 +335,42 @@ def be_quiet() -> None:
 
 
 def holm(p_values: dict[str, float], level: float = 0.05) -> set[str]:
-    """The names whose hypothesis Holm's step-down procedure rejects; a p of NaN is none."""
-    ranked = sorted((name for name, p in p_values.items() if p == p), key=p_values.get)
+    """The names whose hypothesis is rejected by Holm's step-down procedure (Holm 1979).
+
+    A p of NaN does not count as a hypothesis.
+    """
+    names = [name for name, p in p_values.items() if not np.isnan(p)]
+    names.sort(key=p_values.get)
     rejected = set()
-    for i, name in enumerate(ranked):
-        if p_values[name] > level / (len(ranked) - i):
+    for i, name in enumerate(names):
+        if p_values[name] > level / (len(names) - i):
             break
         rejected.add(name)
     return rejected
 
 
 def mean_accuracy(result: dict) -> float:
-    """Mean over the domains."""
+    """A result's accuracy, mean over the domains."""
     return float(np.mean(list(result["accuracy"].values())))
 
 
-def paired(by_method: dict[str, dict[int, dict]], a: str, b: str) -> list[float]:
-    """Differences of the mean accuracies of two methods, seed by seed, where both have the seed."""
-    of_a, of_b = by_method.get(a, {}), by_method.get(b, {})
-    seeds = sorted(of_a.keys() & of_b.keys())
-    return [mean_accuracy(of_a[seed]) - mean_accuracy(of_b[seed]) for seed in seeds]
+def paired_differences(by_method: dict[str, dict[int, dict]], a: str, b: str) -> list[float]:
+    """Mean accuracies of method a minus those of method b, by the seeds that both have."""
+    results_a = by_method.get(a, {})
+    results_b = by_method.get(b, {})
+    differences = []
+    for seed in sorted(results_a.keys() & results_b.keys()):
+        differences.append(mean_accuracy(results_a[seed]) - mean_accuracy(results_b[seed]))
+    return differences
 
 
-def reported(results: list[dict], setting: str) -> dict[str, dict[int, dict]]:
+def reported_results(results: list[dict], setting: str) -> dict[str, dict[int, dict]]:
     """{method: {seed: its result at the chosen learning rate}} of one setting."""
     by_method = {method: {} for method in METHODS}
     for result in results:
         if result["setting"] != setting or result["seed"] == TUNING_SEED:
             continue
-        best, _ = tuning(results, setting, result["method"])
+        best, _ = choose_rate(results, setting, result["method"])
         if result["lr"] == best:
             by_method[result["method"]][result["seed"]] = result
     return {method: by_seed for method, by_seed in by_method.items() if by_seed}
@@ -346,25 +380,30 @@ def reported(results: list[dict], setting: str) -> dict[str, dict[int, dict]]:
 
 
 def report() -> str:
-    """The markdown tables and what they let one say. Draws the figure. Raises UserError."""
+    """The markdown tables with the differences of PAIRS. Draws the figure.
+
+    Raises UserError if there are no results.
+    """
     results = read_results()
     if not results:
         raise UserError(f"{RESULTS} has no results yet: python -m studies.study runs them")
     sections = []
     for setting in SETTINGS:
-        by_method = reported(results, setting)
+        by_method = reported_results(results, setting)
         if by_method:
-            sections.append(section(setting, by_method))
+            sections.append(setting_section(setting, by_method))
     draw(results)
     return "\n\n".join(sections)
 
 
-def section(setting: str, by_method: dict[str, dict[int, dict]]) -> str:
-    """One setting: a table with a row per method, and the differences of PAIRS."""
+def setting_section(setting: str, by_method: dict[str, dict[int, dict]]) -> str:
+    """The report of one setting: a table with a row per method, and the differences of PAIRS."""
+    differences = {}
     p_values = {}
     for method in by_method:
         if method != BASELINE:
-            p_values[method] = evaluation.p_value(paired(by_method, method, BASELINE))
+            differences[method] = paired_differences(by_method, method, BASELINE)
+            p_values[method] = evaluation.p_value(differences[method])
     significant = holm(p_values)
     first_result = list(next(iter(by_method.values())).values())[0]
     domains = list(first_result["accuracy"])
@@ -378,41 +417,48 @@ def section(setting: str, by_method: dict[str, dict[int, dict]]) -> str:
         for domain in domains:
             cells.append(mean_with_error([result["accuracy"][domain] for result in results], ".2f"))
         cells.append(mean_with_error([mean_accuracy(result) for result in results], ".3f"))
-        gaps = paired(by_method, method, BASELINE) if method != BASELINE else []
-        if gaps:
+        if differences.get(method):
             star = "*" if method in significant else ""
-            cells += [mean_with_error(gaps, "+.3f"), p_text(p_values[method]) + star]
-        else:
+            difference = mean_with_error(differences[method], "+.3f")
+            cells += [difference, p_text(p_values[method]) + star]
+        else:  # the baseline itself, or no seed in common with it
             cells += ["–", "–"]
         for name in ("moved", "step_s", "peak_gib"):
             cells.append(f"{np.mean([result[name] for result in results]):.2f}")
         lines.append(table_row(cells))
-    return "\n".join([*lines, "", pairs_line(by_method)])
+    return "\n".join([*lines, "", pairs_sentence(by_method)])
 
 
 def table_row(cells: list[str]) -> str:
+    """A row of a markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
-def pairs_line(by_method: dict[str, dict[int, dict]]) -> str:
+def pairs_sentence(by_method: dict[str, dict[int, dict]]) -> str:
     """The differences of PAIRS in one sentence."""
-    parts = []
+    clauses = []
     for a, b in PAIRS:
-        gaps = paired(by_method, a, b)
-        if gaps:
-            p = p_text(evaluation.p_value(gaps))
-            parts.append(f"{a} − {b}: {mean_with_error(gaps, '+.3f')} (p {p})")
-    return "; ".join(parts) + "."
+        differences = paired_differences(by_method, a, b)
+        if differences:
+            p = p_text(evaluation.p_value(differences))
+            clauses.append(f"{a} − {b}: {mean_with_error(differences, '+.3f')} (p {p})")
+    return "; ".join(clauses) + "."
 
 
-def mean_with_error(values: list[float], form: str) -> str:
-    """Mean ± standard error; the mean alone of one value. form: of the mean, such as "+.3f"."""
-    mean = f"{np.mean(values):{form}}"
+def mean_with_error(values: list[float], number_format: str) -> str:
+    """Mean ± standard error as text; of one value the mean alone.
+
+    number_format: that of the mean, such as "+.3f". The error has no sign.
+    """
+    mean = f"{np.mean(values):{number_format}}"
     error = evaluation.standard_error(values)
-    return mean if error is None else f"{mean} ± {error:{form.removeprefix('+')}}"
+    if error is None:
+        return mean
+    return f"{mean} ± {error:{number_format.removeprefix('+')}}"
 
 
 def p_text(p: float) -> str:
+    """p with two significant digits; a dash if there is none."""
     return "–" if np.isnan(p) else f"{p:.2g}"
 
 
@@ -420,68 +466,53 @@ def p_text(p: float) -> str:
 
 
 def draw(results: list[dict]) -> None:
-    """Reward by domain along training, and the mean cosine of the domains' gradients.
+    """Draw reward by domain along training, and the mean cosine of the domains' gradients.
 
-    Per setting two rows of three panels. Curves are means over seeds, bands ± a standard error.
+    Each setting has rows of panels of its own. Curves are means over seeds, bands ± a standard
+    error.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = 3
     panels = [d for d in DOMAINS if any(d in result["reward"] for result in results)]
     panels.append("alignment")
-    rows_per_setting = -(-len(panels) // columns)
-    rows = rows_per_setting * len(SETTINGS)
-    # GitHub shows the figure about 900 pixels wide, 100 per inch; drawn sharper than that.
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(9, 2.5 * rows + 0.6), dpi=150, squeeze=False, sharex=True
-    )
-    handles = {}  # method: its curve, for the legend
+    setting_rows, columns = pictures.grid_shape(len(panels))
+    figure, axes = pictures.grid(setting_rows * len(SETTINGS), columns, sharex=True)
     for s, setting in enumerate(SETTINGS):
-        by_method = reported(results, setting)
-        of_setting = axes[s * rows_per_setting : (s + 1) * rows_per_setting].flatten()
-        for axis, panel in zip(of_setting, panels):
-            handles |= draw_panel(axis, panel, by_method)
-            axis.set_title(f"{setting}: {panel}", fontsize=11)
-        for axis in of_setting[len(panels) :]:
-            axis.set_visible(False)
+        by_method = reported_results(results, setting)
+        setting_axes = axes[s * setting_rows : (s + 1) * setting_rows].flatten()
+        for axis, panel in zip(setting_axes, panels):
+            draw_panel(axis, panel, by_method)
+            axis.set_title(f"{setting}: {panel}")
     for axis in axes[-1]:
-        axis.set_xlabel("step", fontsize=10)
-    figure.legend(handles.values(), handles, loc="upper center", ncol=3, frameon=False, fontsize=11)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.6 / figure.get_figheight()))
-    figure.savefig(FIGURE)
-    plt.close(figure)
+        axis.set_xlabel("training step")
+    pictures.legend_below(figure, axes)
+    pictures.save(figure, FIGURE)
 
 
-def draw_panel(axis, panel: str, by_method: dict[str, dict[int, dict]]) -> dict:
-    """One domain's reward, or the alignment, of the methods in DRAWN. Returns {method: curve}."""
-    handles = {}
+def draw_panel(axis, panel: str, by_method: dict[str, dict[int, dict]]) -> None:
+    """Draw one domain's reward, or the alignment, of the methods in DRAWN."""
     for i, method in enumerate(DRAWN):
         if method not in by_method:
             continue
         curves = []
         for result in by_method[method].values():
-            curve = result["alignment"] if panel == "alignment" else result["reward"].get(panel, [])
-            curves.append(curve)
-        curves = np.array(curves, dtype=float)  # [seeds, bins]
-        steps = BIN * (np.arange(curves.shape[1]) + 0.5)
-        mean = curves.mean(0)
-        (handles[method],) = axis.plot(steps, mean, lw=1.5, color=f"C{i}")
-        if len(curves) > 1:
-            error = curves.std(0, ddof=1) / len(curves) ** 0.5
+            if panel == "alignment":
+                curves.append(result["alignment"])
+            else:
+                curves.append(result["reward"].get(panel, []))
+        values = np.array(curves, dtype=float)  # [seeds, bins]; None becomes NaN
+        steps = BIN * (np.arange(values.shape[1]) + 0.5)  # the middle of each bin
+        mean = values.mean(0)
+        axis.plot(steps, mean, lw=1.5, color=f"C{i}", label=method)
+        if len(values) > 1:
+            error = values.std(0, ddof=1) / len(values) ** 0.5
             axis.fill_between(steps, mean - error, mean + error, color=f"C{i}", alpha=0.2, lw=0)
-    axis.set_ylabel(r"mean $\cos(g_i, g_j)$" if panel == "alignment" else "reward", fontsize=10)
-    axis.grid(alpha=0.25)
-    axis.tick_params(labelsize=10)
-    return handles
+    axis.set_ylabel(r"mean $\cos(g_i, g_j)$" if panel == "alignment" else "reward")
 
 
 # ---------------- the command line ----------------
 
 
 def parse_args(argv: list[str] | None = None):
+    """The flags. A wrong flag ends the script."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--seeds", type=positive_int, default=5, help="number of reported seeds")
@@ -501,12 +532,16 @@ def parse_args(argv: list[str] | None = None):
         default=list(SETTINGS),
         help="run only these settings",
     )
-    add("--workers", type=positive_int, default=2, help="runs side by side, of one thread each")
-    add("--report", action="store_true", help="run nothing; write the table and the figure")
+    add("--workers", type=positive_int, default=2, help="parallel runs, of one thread each")
+    add("--report", action="store_true", help="write the tables and the figure, and run nothing")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Do the missing runs, and write the tables to docs/results.md and the figure.
+
+    Raises UserError if there are no results.
+    """
     args = parse_args(argv)
     if not args.report:
         run_all(args)

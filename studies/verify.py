@@ -1,16 +1,16 @@
-"""Each model judges its own answers: right or wrong? (M2RL, section 3.6, Table 7, Figure 6)
+"""Can a model tell whether its own answers are right? (M2RL, section 3.6, Table 7, Figure 6)
 
     python -m studies.analyze verify --scores scores/start scores/math --out analyses/verify
 
-    outcome   it sees the question and its final answer
-    process   it sees the question and the whole response, reasoning included
-    Avg@K     share of right verdicts among K, mean over the answers. A reply without a verdict is a
-              wrong one, and counted
+    outcome   mode in which the model sees the question and its final answer
+    process   mode in which it sees the question and its response, reasoning included
+    Avg@K     share of right verdicts among K, mean over the answers. A reply without a verdict
+              counts as a wrong one; the share of such replies is reported too
     r         Pearson's correlation, over the models, of mean accuracy and mean Avg@K
 
-An answer that cannot be read out of its response is not judged. The model, its answers and the
-flags not named here are those of eval.py's folders. A folder that is judged already (verify.json)
-is not judged again.
+An answer that cannot be extracted from its response is not judged. The model, its answers and the
+flags that are not given here come from eval.py's folder. A folder that has been judged with the
+same flags (verify.json) is not judged again.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from sources.models import resolve_model
 from studies import pictures
 from studies.folders import named_folders
 
-PROMPTS = {
+PROMPTS = {  # mode: template of the question to the model
     "outcome": "Question:\n{question}\n\nProposed answer:\n{answer}\n\n"
     "Is the proposed answer right? Answer yes or no.",
     "process": "Question:\n{question}\n\nProposed solution, with its reasoning:\n{response}\n\n"
@@ -43,14 +43,15 @@ PROMPTS = {
 
 
 def parse_args(parser, argv):
+    """The flags of this analysis; `parser` has --out already."""
     add = parser.add_argument
     add("--scores", nargs="+", required=True, help="eval.py's folders, or NAME=FOLDER")
-    add("--k", type=positive_int, default=8, help="verdicts per answer and mode")
+    add("--k", type=positive_int, default=8, help="verdicts per answer and per mode")
     add(
         "--answers",
         type=natural,
         default=1,
-        help="of each prompt's responses the first N are judged; 0: all",
+        help="judge only the first N responses to each prompt; 0: judge all",
     )
     names = ("--max-prompt-tokens", "--max-new-tokens", "--engine", "--engine-memory")
     add_flags(parser, *names, "--seed", "--threads", max_prompt_tokens=8192)
@@ -68,50 +69,57 @@ def run(args):
         path = Path(folder) / "verify.json"
         items = evaluation.read_items(folder)
         flags = json.loads((Path(folder) / "args.json").read_text())
-        asked = what_is_asked(args, items, flags)
-        result = finished_result(path, asked)
+        inputs = inputs_of_result(args, items, flags)
+        result = finished_result(path, inputs)
         if result is None:
-            questions = ask_about(items, args.answers, folder)
-            settings = argparse.Namespace(**{**flags, **vars(args), "model": flags["model"]})
+            questions = make_questions(items, args.answers, folder)
+            # eval.py's flags, replaced by this command's
+            settings = argparse.Namespace(**(flags | vars(args)))
             judge, questions = open_judge(judge, questions, settings, folder)
             replies = judge_answers(*judge, questions, settings)
             result = result_of(items, questions, replies)
-            write_text(path, json.dumps({"asked": asked, "found": result}, indent=1))
+            write_text(path, json.dumps({"asked": inputs, "found": result}, indent=1))
             print(f"{name}: {len(questions)} questions judged", flush=True)
         results[name] = result
     print_table(results)
     correlation = {mode: correlate(mean_scores(results, mode)) for mode in PROMPTS}
-    values = []
+    cells = []
     for mode, r in correlation.items():
-        values.append(f"{mode} {'–' if r is None else f'{r:+.2f}'}")
-    print(f"correlation of generating and judging over the models: {', '.join(values)}")
+        value = "–" if r is None else f"{r:+.2f}"
+        cells.append(f"{mode} {value}")
+    print(f"correlation of generating and judging over the models: {', '.join(cells)}")
     return {"models": results, "correlation": correlation}, draw(results, correlation, args.k)
 
 
 # ---------------- questions ----------------
 
 
-def what_is_asked(args, items: list[dict], flags: dict) -> dict:
-    """All that a result depends on."""
-    asked = {"templates": PROMPTS, "items": hash_of(items), "weights": flags.get("weights")}
+def inputs_of_result(args, items: list[dict], flags: dict) -> dict:
+    """Everything that a result depends on. flags: eval.py's args.json."""
+    inputs = {"templates": PROMPTS, "items": hash_of(items), "weights": flags.get("weights")}
     for name in ("k", "answers", "seed", "max_prompt_tokens", "max_new_tokens", "engine"):
-        asked[name] = getattr(args, name)
-    return asked
+        inputs[name] = getattr(args, name)
+    return inputs
 
 
-def finished_result(path: Path, asked: dict) -> dict | None:
-    """The result in verify.json, if the same was asked."""
+def finished_result(path: Path, inputs: dict) -> dict | None:
+    """The result in verify.json, if it has the same inputs."""
     if not path.exists():
         return None
     saved = json.loads(path.read_text())
-    return saved["found"] if saved["asked"] == asked else None
+    return saved["found"] if saved["asked"] == inputs else None
 
 
-def ask_about(items: list[dict], answers: int, folder: str) -> list[dict]:
-    """A row per answer and mode, with "truth": is the answer right? Raises UserError for none."""
+def make_questions(items: list[dict], answers: int, folder: str) -> list[dict]:
+    """A row per answer and mode, with "truth": whether the answer is right.
+
+    answers: how many responses to a prompt are judged; 0: all. Raises UserError if no response has
+    an answer.
+    """
     questions = []
     for item in items:
-        for i, response in enumerate(item["responses"][: answers or None]):
+        responses = item["responses"][:answers] if answers else item["responses"]
+        for i, response in enumerate(responses):
             answer, *_ = rewards.extract_answer(response["text"], strict=False)
             if response["reward"] is None or answer is None:
                 continue
@@ -137,9 +145,10 @@ def ask_about(items: list[dict], answers: int, folder: str) -> list[dict]:
 
 
 def open_judge(judge: tuple | None, questions: list[dict], settings, folder: str):
-    """((tokenizer, policy), questions with their prompts' tokens).
+    """((tokenizer, policy), questions with their prompts' tokens). Raises UserError.
 
-    The first model is opened with its engine. Later ones put their weights into its policy.
+    judge: the tokenizer and policy of an earlier call; None in the first. The first model is opened
+    with its engine. The weights of later ones are loaded into the same policy.
     """
 
     def encode(tokenizer):
@@ -158,7 +167,7 @@ def open_judge(judge: tuple | None, questions: list[dict], settings, folder: str
 
 
 def judge_answers(tokenizer, policy, questions: list[dict], settings) -> list[list[str]]:
-    """--k replies to each question."""
+    """[questions][k]: the text of --k replies to each question."""
     if policy.engine:
         policy.engine.sync_weights(policy)
     elif policy.sharded:
@@ -177,7 +186,7 @@ def judge_answers(tokenizer, policy, questions: list[dict], settings) -> list[li
 
 
 def says_yes(reply: str) -> bool | None:
-    """The last yes or no behind the reasoning; None: neither."""
+    """Whether the last yes or no after the reasoning is a yes; None if there is neither."""
     words = re.findall(r"\b(yes|no)\b", reply.split("</think>")[-1].lower())
     return words[-1] == "yes" if words else None
 
@@ -186,14 +195,16 @@ def says_yes(reply: str) -> bool | None:
 
 
 def result_of(items: list[dict], questions: list[dict], replies: list[list[str]]) -> dict:
-    """{generation: accuracy by domain; and per mode: Avg@K by domain, and "<mode>, no verdict"}.
+    """One model's result:
 
-    generation, outcome and process also have their "mean" over domains.
+    generation            {domain: accuracy, "mean": their mean}
+    outcome, process      {domain: Avg@K of the verdicts, "mean": their mean}
+    "<mode>, no verdict"  share of the replies without a verdict
     """
     scores = evaluation.summarise(items)
     result = {"generation": {name: values["accuracy"] for name, values in scores.items()}}
     for mode in PROMPTS:
-        shares_of = {domain: [] for domain in DOMAINS}  # domain: share of right verdicts per answer
+        shares_of = {domain: [] for domain in DOMAINS}  # of right verdicts, one per answer
         all_verdicts = []
         for question, texts in zip(questions, replies):
             if question["mode"] != mode:
@@ -202,19 +213,19 @@ def result_of(items: list[dict], questions: list[dict], replies: list[list[str]]
             all_verdicts += verdicts
             share = np.mean([verdict == question["truth"] for verdict in verdicts])
             shares_of[question["domain"]].append(share)
-        avg_of = {}
+        averages = {}
         for domain, shares in shares_of.items():
             if shares:
-                avg_of[domain] = float(np.mean(shares))
-        avg_of["mean"] = float(np.mean(list(avg_of.values())))
-        result[mode] = avg_of
-        silent = float(np.mean([verdict is None for verdict in all_verdicts]))
-        result[f"{mode}, no verdict"] = silent
+                averages[domain] = float(np.mean(shares))
+        averages["mean"] = float(np.mean(list(averages.values())))
+        result[mode] = averages
+        no_verdict = float(np.mean([verdict is None for verdict in all_verdicts]))
+        result[f"{mode}, no verdict"] = no_verdict
     return result
 
 
 def mean_scores(results: dict, mode: str):
-    """[models, 2]: mean accuracy and mean Avg@K of judging."""
+    """[models, 2]: mean accuracy, and mean Avg@K of the verdicts in this mode."""
     points = []
     for result in results.values():
         points.append((result["generation"]["mean"], result[mode]["mean"]))
@@ -222,13 +233,14 @@ def mean_scores(results: dict, mode: str):
 
 
 def correlate(points) -> float | None:
-    """Pearson's r; None of fewer than three models, or where one coordinate is constant."""
+    """Pearson's r of points [models, 2]; None for fewer than 3, or if a coordinate is constant."""
     if len(points) < 3 or points.std(0).min() == 0:
         return None
     return float(np.corrcoef(points.T)[0, 1])
 
 
 def print_table(results: dict) -> None:
+    """Print a row per model, with a column per domain that all models have."""
     domains = []
     for name in (*DOMAINS, "mean"):
         if all(name in result["generation"] for result in results.values()):
@@ -241,12 +253,13 @@ def print_table(results: dict) -> None:
             outcome = result["outcome"].get(domain, np.nan)
             process = result["process"].get(domain, np.nan)
             cells += f"{result['generation'][domain]:8.3f} ({outcome:.2f} / {process:.2f})"
-        silent = [result[f"{mode}, no verdict"] for mode in ("outcome", "process")]
-        print(f"{name:<24}{cells}    {silent[0]:.0%} / {silent[1]:.0%}")
+        outcome_silent = result["outcome, no verdict"]
+        process_silent = result["process, no verdict"]
+        print(f"{name:<24}{cells}    {outcome_silent:.0%} / {process_silent:.0%}")
 
 
 def draw(results: dict, correlation: dict, k: int):
-    """A panel per mode: accuracy against judging, one point per model."""
+    """A figure with a panel per mode: accuracy against Avg@K of judging, a point per model."""
     figure, axes = pictures.grid(1, len(correlation), panel_width=4.5, panel_height=3.2)
     for axis, (mode, r) in zip(axes[0], correlation.items()):
         points = mean_scores(results, mode)
@@ -254,6 +267,9 @@ def draw(results: dict, correlation: dict, k: int):
         for point, name in zip(points, results):
             offset = {"xytext": (5, 4), "textcoords": "offset points"}
             axis.annotate(name, point, fontsize=pictures.FONT, **offset)
-        axis.set_title(f"{mode} verification" + ("" if r is None else f", r = {r:.2f}"))
+        title = f"{mode} verification"
+        if r is not None:
+            title += f", r = {r:.2f}"
+        axis.set_title(title)
         axis.set(xlabel="mean accuracy", ylabel=f"judging: Avg@{k}")
     return figure

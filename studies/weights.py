@@ -1,13 +1,14 @@
-"""How far experts moved the same weights, and in the same direction (M2RL, section 3.3, Table 5,
-Figure 3).
+"""Did experts change the same weights, and in the same direction? (M2RL, section 3.3, Table 5,
+Figure 3)
 
     python -m studies.analyze weights --base toy --experts math=runs/math code=runs/code \\
         --out analyses/weights
 
     changed   |w_RL − w_0| > 1e-3 · max(|w_RL|, |w_0|)
-    Jaccard   |M_1 ∧ M_2| / |M_1 ∨ M_2| of the masks of changed weights, by weight type (Q K V O,
-              FFN down, up, gate). Random: what two independent masks of the same densities p, q
-              have, pq / (p + q − pq); that is 0.18 for p = q = 0.3
+    Jaccard   |M_1 ∧ M_2| / |M_1 ∨ M_2| of the masks of changed weights, by weight type (Q, K, V,
+              O, FFN down, up and gate)
+    random    the Jaccard of two independent masks of the same densities p and q:
+              pq / (p + q − pq), which is 0.18 for p = q = 0.3
     cosine    of the shifts w_RL − w_0 where both changed, after a random orthogonal projection to
               256 dimensions
 
@@ -27,7 +28,7 @@ from common.keys import rng
 from studies import pictures
 from studies.folders import named_folders
 
-# weight type → the names of its tensors
+# weight type: the names of its tensors (a regular expression), in Llama's, Qwen's and GPT-2's style
 WEIGHT_TYPES = {
     "Q": r"\.q_proj\.",
     "K": r"\.k_proj\.",
@@ -38,29 +39,37 @@ WEIGHT_TYPES = {
     "FFN-gt": r"\.gate_proj\.",
 }
 MEASURES = ("density", "jaccard", "random", "cosine")
+CHANGED_FROM = 1e-3  # relative shift above which a weight counts as changed, as in the paper
+PROJECTED_SIZE = 256  # dimensions of a projected shift, as in the paper
+TINY = 1e-300  # avoids 0 / 0
 
 
 def parse_args(parser, argv):
+    """The flags of this analysis; `parser` has --out already."""
     add = parser.add_argument
     add("--base", required=True, help="the model that the experts were trained from")
-    add("--experts", nargs="+", required=True, help="two experts or more, NAME=FOLDER …")
+    add(
+        "--experts",
+        nargs="+",
+        required=True,
+        help="folders of two experts or more, or NAME=FOLDER",
+    )
     add(
         "--layers",
         type=natural,
         nargs="+",
         default=[],
-        help="only these layers (the paper: 17); default: all, which takes hours for billions of "
-        "weights",
+        help="compare only these layers (the paper: 17); default: all, which takes hours if there "
+        "are billions of weights",
     )
-    add("--seed", type=int, default=0, help="seed of the projection")
+    add("--seed", type=int, default=0, help="seed of the random projection")
     return parser.parse_args(argv)
 
 
 def run(args):
-    """(numbers, figure). numbers: {experts, layers: {"<layer>/<type>": density [K], jaccard,
-    random and cosine [K, K]}}.
+    """(numbers, figure). numbers: {experts, layers: {"<layer>/<type>": shift_overlap() as lists}}.
 
-    One weight of the base and of every expert is in memory at a time. Raises UserError.
+    One tensor of the base and of every expert is in memory at a time. Raises UserError.
     """
     experts = named_folders(args.experts)
     if len(experts) < 2:
@@ -84,77 +93,87 @@ def run(args):
     return {"experts": experts, "layers": layers}, draw(list(experts), means)
 
 
-# ---------------- one weight ----------------
+# ---------------- one tensor ----------------
 
 
-def typed_parts(name: str, tensor) -> list[tuple]:
-    """[(weight type, that part of the tensor)]: GPT-2 keeps Q, K and V side by side."""
+def by_weight_type(name: str, tensor) -> list[tuple]:
+    """[(weight type, its matrix)] of a tensor; GPT-2's c_attn has Q, K and V side by side."""
     if tensor.ndim != 2:
         return []
     if ".c_attn." in name:
         return list(zip("QKV", tensor.chunk(3, 1)))
-    return [(kind, tensor) for kind, pattern in WEIGHT_TYPES.items() if re.search(pattern, name)]
+    for weight_type, pattern in WEIGHT_TYPES.items():
+        if re.search(pattern, name):
+            return [(weight_type, tensor)]
+    return []
 
 
-def project(x_N, key: tuple, size: int = 256):
-    """A random orthogonal projection of a vector to `size` dimensions; the same for the same key.
+def project(x_N, key: tuple, size: int = PROJECTED_SIZE):
+    """[size]: a random orthogonal projection of a vector; the same one for the same key and N.
 
-    Random signs, the Walsh-Hadamard transform, and `size` of its coordinates. This is exactly
-    orthogonal and takes n log n operations, where a dense matrix would take n · size.
+    It consists of random signs, the Walsh-Hadamard transform, and a choice of `size` of the
+    resulting coordinates. This is exactly orthogonal. It takes N log N operations; a dense matrix
+    would take N · size.
     """
-    width = 1 << max(len(x_N) - 1, 1).bit_length()
+    width = 1 << max(len(x_N) - 1, 1).bit_length()  # the next power of 2
     draw = rng(*key)
     signs_N = torch.from_numpy(draw.integers(0, 2, len(x_N)) * 2.0 - 1)
-    y = torch.zeros(width, dtype=torch.float64)
-    y[: len(x_N)] = x_N.double() * signs_N
+    mixed = torch.zeros(width, dtype=torch.float64)
+    mixed[: len(x_N)] = x_N.double() * signs_N
     step = 1
-    while step < width:
-        a, b = y.view(-1, 2, step).unbind(1)
-        y = torch.stack((a + b, a - b), 1).flatten()
+    while step < width:  # the fast Walsh-Hadamard transform
+        left, right = mixed.view(-1, 2, step).unbind(1)
+        mixed = torch.stack((left + right, left - right), 1).flatten()
         step *= 2
     coordinates = torch.from_numpy(draw.choice(width, min(size, width), replace=False))
-    return y[coordinates] / width**0.5
+    return mixed[coordinates] / width**0.5
 
 
 def shift_overlap(before, after_K: list, key: tuple) -> dict:
-    """Of one weight, before RL and of each expert: density [K] of the masks of changed elements;
-    jaccard, random (its reference) and cosine [K, K]."""
-    shift_K, mask_K = [], []
+    """{density [K], jaccard, random, cosine [K, K]} of one matrix before RL and after it.
+
+    after_K: the experts' matrices. key: chooses the projection. density: share of changed elements.
+    """
+    shift_K = []
+    mask_K = []
     for after in after_K:
         shift = (after - before).flatten()
         larger = torch.maximum(after.abs(), before.abs()).flatten()
         shift_K.append(shift)
-        mask_K.append(shift.abs() > 1e-3 * larger)
+        mask_K.append(shift.abs() > CHANGED_FROM * larger)
 
     K = len(after_K)
-    jaccard_KK, cosine_KK = np.eye(K), np.eye(K)
+    jaccard_KK = np.eye(K)
+    cosine_KK = np.eye(K)
     for i in range(K):
         for j in range(i):
-            both, either = mask_K[i] & mask_K[j], mask_K[i] | mask_K[j]
+            both = mask_K[i] & mask_K[j]
+            either = mask_K[i] | mask_K[j]
             jaccard = (both.sum() / either.sum().clamp(min=1)).item()
             cosine = projected_cosine(shift_K[i][both], shift_K[j][both], key)
             jaccard_KK[i, j] = jaccard_KK[j, i] = jaccard
             cosine_KK[i, j] = cosine_KK[j, i] = cosine
 
-    p_K = np.array([mask.double().mean().item() for mask in mask_K])
-    product_KK = p_K[:, None] * p_K
-    random_KK = product_KK / np.maximum(p_K[:, None] + p_K - product_KK, 1e-300)
-    return {"density": p_K, "jaccard": jaccard_KK, "random": random_KK, "cosine": cosine_KK}
+    density_K = np.array([mask.double().mean().item() for mask in mask_K])
+    product_KK = density_K[:, None] * density_K
+    random_KK = product_KK / np.maximum(density_K[:, None] + density_K - product_KK, TINY)
+    return {"density": density_K, "jaccard": jaccard_KK, "random": random_KK, "cosine": cosine_KK}
 
 
 def projected_cosine(a_N, b_N, key: tuple) -> float:
-    """Of the projections of two vectors; 0 where they are empty or 0."""
+    """The cosine of the projections of two vectors; 0 if they are empty, or if one of them is 0."""
     if not len(a_N):
         return 0.0
-    a, b = project(a_N, key), project(b_N, key)
-    return (a @ b / (a.norm() * b.norm()).clamp(min=1e-300)).item()
+    a = project(a_N, key)
+    b = project(b_N, key)
+    return (a @ b / (a.norm() * b.norm()).clamp(min=TINY)).item()
 
 
-# ---------------- all weights ----------------
+# ---------------- all tensors ----------------
 
 
 def measure_layers(base, experts: list, layers: list[int], seed: int) -> dict:
-    """{(layer, weight type): shift_overlap()} of these layers; of all where `layers` is empty."""
+    """{(layer, weight type): shift_overlap()} of these layers, or of all if `layers` is empty."""
     overlaps = {}
     for name in sorted(base.shape):
         match = re.search(r"(?:^|\.)(\d+)\.", name)
@@ -163,16 +182,17 @@ def measure_layers(base, experts: list, layers: list[int], seed: int) -> dict:
         layer = int(match[1])
         if layers and layer not in layers:
             continue
-        parts_before = typed_parts(name, read_tensor(base, name))
-        parts_after_K = [typed_parts(name, read_tensor(expert, name)) for expert in experts]
-        for i, (weight_type, before) in enumerate(parts_before):
-            after_K = [parts[i][1] for parts in parts_after_K]
+        base_matrices = by_weight_type(name, read_tensor(base, name))
+        matrices_K = [by_weight_type(name, read_tensor(expert, name)) for expert in experts]
+        for i, (weight_type, before) in enumerate(base_matrices):
+            after_K = [matrices[i][1] for matrices in matrices_K]
             key = (seed, name, weight_type)
             overlaps[layer, weight_type] = shift_overlap(before, after_K, key)
     return overlaps
 
 
 def read_tensor(checkpoint, name: str):
+    """A tensor of a merge.Checkpoint, in fp32 and in its shape."""
     flat = checkpoint.read(name, 0, checkpoint.size(name))
     return flat.float().view(checkpoint.shape[name])
 
@@ -185,15 +205,18 @@ def mean_by_type(overlaps: dict) -> dict:
     means = {}
     for weight_type in WEIGHT_TYPES:
         if weight_type in overlaps_of:
-            means[weight_type] = {
-                measure: np.mean([overlap[measure] for overlap in overlaps_of[weight_type]], 0)
-                for measure in MEASURES
-            }
+            means[weight_type] = {}
+            for measure in MEASURES:
+                values = [overlap[measure] for overlap in overlaps_of[weight_type]]
+                means[weight_type][measure] = np.mean(values, 0)
     return means
 
 
 def print_table(names: list[str], means: dict, layers: int) -> None:
-    """A line per pair of experts; then the means of the random reference and of the densities."""
+    """Print a row per pair of experts, then the means of the random Jaccard and of the densities.
+
+    layers: how many there are in the means.
+    """
     K = len(names)
     head = "".join(f"{weight_type:>15}" for weight_type in means)
     print(f"{'Jaccard (cosine)':<24}{head}      mean over {layers} layer(s)")
@@ -211,8 +234,8 @@ def print_table(names: list[str], means: dict, layers: int) -> None:
 
 
 def draw(names: list[str], means: dict):
-    """Heat maps over pairs of experts: Jaccard, and cosine in attention and in FFN."""
-    attention = [weight_type for weight_type in means if weight_type in "QKVO"]
+    """A figure with heat maps over pairs of experts: Jaccard, and cosine in attention and FFN."""
+    attention = [weight_type for weight_type in means if weight_type in ("Q", "K", "V", "O")]
     ffn = [weight_type for weight_type in means if weight_type.startswith("FFN")]
     panels = (
         ("Jaccard of changed weights", "jaccard", list(means)),

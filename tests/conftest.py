@@ -1,4 +1,4 @@
-"""What tests share: the toy's folder, tiny random models of three architectures, made-up batches.
+"""Fixtures and helpers: the toy's folder, tiny random models of three architectures, batches.
 
 Suffixes as in grpo.py: P prompts, B sequences, T tokens.
 """
@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Before torch is imported, and for the scripts that tests start too. The models are so small that
-# a second thread only waits, and beside other busy processes its waiting took 20 to 40 times as
+# This must stand before torch is imported; scripts that tests start inherit it. The models are so
+# small that a second thread only waits, and on a busy machine the waiting took 20 to 40 times as
 # long as the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)  # the toy is kept in runs/, as for a user
 
@@ -46,7 +46,7 @@ CHAT_TEMPLATE = (
 @pytest.fixture(scope="session")
 def toy() -> str:
     """The toy's folder, built at most once."""
-    return build_toy()  # waits for the process below, which holds the toy's lock
+    return build_toy()  # waits while pytest_collection_finish's process holds the toy's lock
 
 
 def pytest_collection_modifyitems(items):
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-    """If the toy is missing, build it in a process beside the first tests, which do not need it."""
+    """If the toy is missing, another process builds it while the first tests run without it."""
     needs_toy = any("toy" in item.fixturenames for item in session.items)
     if needs_toy and not (RUNS / folder_name(seed=0)).exists():
         command = [sys.executable, "sft.py", "--model", "toy"]
@@ -64,11 +64,12 @@ def pytest_collection_finish(session):
 
 @pytest.fixture(params=["gpt2", "qwen2", "qwen3"])
 def architecture(request) -> str:
+    """A test that takes this runs once per architecture."""
     return request.param
 
 
 def tiny_model(architecture: str, vocab: int = 40, seed: int = 0, positions: int = 128):
-    """A random model of 2 layers × 32, for evaluation; its weights are a function of the seed."""
+    """A random model of 2 layers and width 32, in eval mode; its weights depend on the seed."""
     torch.manual_seed(seed)
     options = {
         "vocab_size": vocab,
@@ -101,7 +102,7 @@ def tiny_folder(tmp_path):
         if chat:
             tokenizer.chat_template = CHAT_TEMPLATE
         folder = tmp_path / architecture
-        # The model has more rows than the tokenizer has ids, as Qwen's checkpoints do.
+        # The embedding has more rows than the tokenizer has ids, as in Qwen's checkpoints.
         tiny_model(architecture, vocab=len(tokenizer) + 7).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
@@ -110,7 +111,7 @@ def tiny_folder(tmp_path):
 
 
 def make_policy(architecture="gpt2", dtype=torch.float32, **options) -> grpo.Policy:
-    """A policy over 40 ids; id 0 ends a response."""
+    """A tiny policy over 40 token ids; id 0 ends a response."""
     return grpo.Policy(tiny_model(architecture).to(dtype), 40, [0], **options)
 
 
@@ -118,34 +119,35 @@ def make_policy(architecture="gpt2", dtype=torch.float32, **options) -> grpo.Pol
 
 
 def flags(*extra: str):
-    """The toy's arguments, as a script would parse them."""
+    """grpo.py's parsed arguments for the toy, without clipping of gradients."""
     return grpo.parse_args(["--max-grad-norm", "0", *extra])
 
 
 def make_batch(
     policy, prompts=(2, 3), group=4, seed=0, vocab=40, dtype=torch.float32
 ) -> grpo.Batch:
-    """Random responses of several lengths with random rewards, as an update gets them.
+    """A batch of random responses of several lengths with random rewards, as update() takes it.
 
-    prompts: the number of prompts of each domain. old_logp is the policy's own (ρ = 1), the
-    importance weight is 1, and every response ends with id 0, which is the padding too.
+    prompts: number of prompts per domain. group: responses per prompt. old_logp is the policy's own
+    (ratio ρ = 1), the importance weight is 1, and each response ends with id 0, which is also the
+    padding.
     """
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     P = sum(prompts)
     B = P * group
-    start_B = torch.randint(1, 5, (P,), generator=draw).repeat_interleave(group)
-    length_B = start_B + torch.randint(1, 8, (B,), generator=draw)
+    start_B = torch.randint(1, 5, (P,), generator=generator).repeat_interleave(group)
+    length_B = start_B + torch.randint(1, 8, (B,), generator=generator)
     T = int(length_B.max())
     position_T = torch.arange(T)
     is_token_BT = position_T < length_B[:, None]
     domain_P = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(prompts))
     batch = {
-        "ids": torch.randint(1, vocab, (B, T), generator=draw) * is_token_BT,
+        "ids": torch.randint(1, vocab, (B, T), generator=generator) * is_token_BT,
         "mask": is_token_BT & (position_T >= start_B[:, None]),
         "length": length_B,
         "group": torch.arange(P).repeat_interleave(group),
         "domain": domain_P.repeat_interleave(group),
-        "reward": torch.randint(0, 2, (B,), generator=draw).double(),
+        "reward": torch.randint(0, 2, (B,), generator=generator).double(),
     }
     batch["ids"][position_T == length_B[:, None] - 1] = 0
     batch["advantage"] = grpo.advantages(batch, {}, flags()).to(dtype)
@@ -154,7 +156,7 @@ def make_batch(
     with torch.no_grad():
         batch["old_logp"], _, mean_h_BH = policy(batch["ids"], batch["mask"])
     batch["old_h"] = mean_h_BH[:, None]
-    noise_BT = torch.randn(B, T, generator=draw, dtype=dtype)
+    noise_BT = torch.randn(B, T, generator=generator, dtype=dtype)
     batch["ref_logp"] = batch["old_logp"] + 0.1 * noise_BT * batch["mask"]
     return batch
 
@@ -163,12 +165,12 @@ def make_batch(
 
 
 def gradients(policy) -> torch.Tensor:
-    """All gradients in one vector; the policy's own are cleared."""
+    """All gradients in one vector. The policy's gradients are cleared."""
     vector = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
     policy.zero_grad(set_to_none=True)
     return vector
 
 
 def parameters(policy) -> torch.Tensor:
-    """All parameters in one vector, a copy."""
+    """A copy of all parameters in one vector."""
     return torch.cat([p.detach().flatten() for p in policy.parameters()]).clone()

@@ -1,4 +1,4 @@
-"""What several test files need of whole runs: start one, read its metrics, compare two."""
+"""Helpers for tests of complete runs: start a run, read its metrics, compare two runs."""
 
 import json
 import os
@@ -19,6 +19,7 @@ from conftest import ROOT
 
 # opd.py needs teachers: test_opd.py runs it.
 ALGORITHMS = {"grpo": grpo, "cgpo": cgpo, "famo": famo, "pcgrad": pcgrad, "mcpo": mcpo}
+# The flags of a run that takes seconds; the last step is no multiple of the save interval.
 SHORT = (
     *("--steps", 7, "--save-every", 2, "--eval-every", 3, "--eval-samples", 1),
     *("--batch-prompts", 10, "--mini-batch-prompts", 5, "--threads", 1),
@@ -26,11 +27,12 @@ SHORT = (
 
 
 def strings(*values) -> list[str]:
+    """A command's words; numbers and paths become texts."""
     return [str(value) for value in values]
 
 
 def run(script: str, *flags, **options) -> subprocess.CompletedProcess:
-    """Run a script of the repository in a process of its own."""
+    """Run a script of the repository in a process of its own. options: of subprocess.run."""
     command = [sys.executable, script, *strings(*flags)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
 
@@ -50,39 +52,40 @@ def torchrun(count: int, *command, **options) -> subprocess.CompletedProcess:
 
 
 def metrics(out, timings: bool = False) -> list[dict]:
-    """The lines of a run's metrics.jsonl; without timings, which no two runs share."""
+    """The objects of a run's metrics.jsonl, without timings, because those differ between runs."""
     lines = []
     for text in (Path(out) / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
-        if not timings:
-            line = {
-                name: value
-                for name, value in line.items()
-                if not name.startswith(("seconds/", "tokens_per_s"))
-            }
+        for name in list(line):
+            if name.startswith(("seconds/", "tokens_per_s")) and not timings:
+                del line[name]
         lines.append(line)
     return lines
 
 
 def read_samples(out) -> list[dict]:
+    """The objects of a run's samples.jsonl."""
     return [json.loads(line) for line in (Path(out) / "samples.jsonl").read_text().splitlines()]
 
 
 def mean_accuracy(line: dict) -> float:
-    """Mean over domains of the sampled held-out accuracy."""
+    """The mean over domains of the held-out accuracy of sampled responses."""
     values = [value for name, value in line.items() if name.startswith("eval/sampled/")]
     return float(np.mean(values))
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Metrics equal, samples and weights byte for byte."""
+    """The two runs have the same metrics (but for timings), and the same samples and weights."""
     assert metrics(a) == metrics(b)
     for name in ("samples.jsonl", "checkpoint/model.safetensors"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
 
 
 def fails(argv: list[str], capsys, script=grpo) -> str:
-    """The one line that a script (a module, or its main) ends with; its exit status is not 0."""
+    """The one line of error with which a script fails; its exit status is not 0.
+
+    script: a module with a main(argv), or a main function.
+    """
     main = getattr(script, "main", script)
     sys_argv = sys.argv
     sys.argv = ["grpo.py", *argv]

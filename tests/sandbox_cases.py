@@ -1,6 +1,6 @@
 """What test_sandbox.py runs in the sandbox: attacks of every family we know, and honest code.
 
-SQUARE, the tests that most of it faces, asks for a function f with f(x) = x².
+Most of it is tested by SQUARE, which asks for a function f with f(x) = x².
 """
 
 import textwrap
@@ -51,6 +51,7 @@ return ctypes.CFUNCTYPE(ctypes.c_long)(page)() > 0
 """)
 
 
+# The system call getpid: by the native ABI, by i386's, and by x32's.
 GETPID = b"\xb8\x27\x00\x00\x00\x0f\x05\xc3"  # mov eax, 39; syscall; ret
 GETPID_80 = b"\xb8\x14\x00\x00\x00\xcd\x80\xc3"  # mov eax, 20; int 0x80; ret
 GETPID_X32 = b"\xb8\x27\x00\x00\x40\x0f\x05\xc3"  # mov eax, 0x40000027; syscall; ret

@@ -1,11 +1,11 @@
 """Keeps the algorithm files' SHARED blocks equal to grpo.py's, and shows what differs.
 
-An algorithm file is a script of the root that has the banners. All are found, so a fork of your own
-(cp grpo.py rloo.py) is kept in step too.
+An algorithm file is a script in the root that has the banners. So a fork of your own
+(cp grpo.py rloo.py) is kept equal too.
 
     python tests/sync.py           copy grpo.py's SHARED blocks into the other algorithm files, and
                                    the table of differences into README.md
-    python tests/sync.py --check   only look; exit status 1 where a block or the order differs
+    python tests/sync.py --check   change nothing; exit status 1 if a block or the order differs
     python tests/sync.py --stat    print the table of differences
 """
 
@@ -24,7 +24,7 @@ TABLE = re.compile(r"^\| file \| lines \|.*?(?=\n\n)", re.MULTILINE | re.DOTALL)
 
 
 def algorithm_files() -> list[str]:
-    """grpo.py first, then the other scripts of the root that have banners, by name."""
+    """grpo.py first, then the other scripts in the root that have banners, by name."""
     names = []
     for path in sorted(ROOT.glob("*.py")):
         if path.name != ORIGINAL and BANNER.search(path.read_text()):
@@ -33,15 +33,15 @@ def algorithm_files() -> list[str]:
 
 
 def blocks(text: str) -> dict[str, str]:
-    """{banner: the text below it, up to the next banner}; what stands first is "header".
+    """{banner: the text below it, up to the next banner}; the text above the first is "header".
 
     Raises ValueError if a banner comes twice.
     """
-    parts = BANNER.split(text)
-    names = ["header", *parts[1::2]]
+    pieces = BANNER.split(text)  # text, banner, text, banner, …, text
+    names = ["header", *pieces[1::2]]
     if len(set(names)) != len(names):
         raise ValueError("a banner comes twice")
-    return dict(zip(names, parts[::2]))
+    return dict(zip(names, pieces[::2]))
 
 
 def join(file_blocks: dict[str, str]) -> str:
@@ -55,7 +55,7 @@ def join(file_blocks: dict[str, str]) -> str:
 
 
 def problems() -> list[str]:
-    """What --check reports: one line per fault."""
+    """The faults that --check reports, a line for each."""
     faults = []
     original = blocks((ROOT / ORIGINAL).read_text())
     for name in algorithm_files():
@@ -71,7 +71,7 @@ def problems() -> list[str]:
 
 
 def copy_blocks() -> None:
-    """Copy the SHARED blocks outward, and the table of differences into README.md."""
+    """Copy grpo.py's SHARED blocks into the other files, and the table into README.md."""
     original = blocks((ROOT / ORIGINAL).read_text())
     for name in algorithm_files()[1:]:
         path = ROOT / name
@@ -93,7 +93,7 @@ def copy_blocks() -> None:
 
 
 def code_lines(text: str) -> list[str]:
-    """The code: without blank lines, comments and docstrings."""
+    """The lines of code: no blank lines, comments or docstrings."""
     docstring_lines = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
@@ -113,7 +113,7 @@ def code_lines(text: str) -> list[str]:
 
 
 def difference(name: str) -> tuple[int, int]:
-    """(code lines added, removed) of a file against grpo.py."""
+    """(code lines added, code lines removed) of a file, compared with grpo.py."""
     original = code_lines((ROOT / ORIGINAL).read_text())
     fork = code_lines((ROOT / name).read_text())
     diff = list(difflib.unified_diff(original, fork, n=0))[2:]  # without the two headings
@@ -123,7 +123,7 @@ def difference(name: str) -> tuple[int, int]:
 
 
 def stat() -> str:
-    """A markdown table: each file's lines, and its code lines changed against grpo.py."""
+    """A Markdown table: each file's lines, and its code lines that differ from grpo.py's."""
     rows = ["| file | lines | code lines added | removed |", "|---|---|---|---|"]
     for name in algorithm_files():
         lines = len((ROOT / name).read_text().splitlines())
@@ -136,12 +136,15 @@ def stat() -> str:
 
 
 def main() -> None:
+    """Run what the flag says: see the module's docstring."""
     if "--stat" in sys.argv:
         print(stat())
     elif "--check" in sys.argv:
         faults = problems()
-        print("\n".join(faults) or "SHARED blocks are equal")
-        sys.exit(bool(faults))
+        if faults:
+            print("\n".join(faults))
+            sys.exit(1)
+        print("SHARED blocks are equal")
     else:
         copy_blocks()
 

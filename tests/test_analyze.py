@@ -95,8 +95,8 @@ def test_weight_types_of_gpt2_and_qwen():
     for architecture in ("gpt2", "qwen3"):
         types = []
         for name, parameter in tiny_model(architecture).named_parameters():
-            for weight_type, part in weights.typed_parts(name, parameter):
-                shape_of[name, weight_type] = part.shape
+            for weight_type, matrix in weights.by_weight_type(name, parameter):
+                shape_of[name, weight_type] = matrix.shape
                 if ".0." in name:
                     types.append(weight_type)
         types_of_layer_0[architecture] = sorted(types)
@@ -331,8 +331,8 @@ def test_the_policys_weights_are_swapped(tmp_path):
     policy, other = make_policy(), tiny_model("gpt2", seed=3)
     other.save_pretrained(tmp_path)
     checkpoints.load_weights(policy, tmp_path)
-    for ours, theirs in zip(policy.model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    for loaded, saved in zip(policy.model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(loaded, saved)
     assert policy.updates == 1
 
 

@@ -110,7 +110,7 @@ def orders_of(key: tuple, K: int) -> list[list[int]]:
 def combine(vectors, key=(0, 1, 0)):
     """pcgrad.py's combination of the vectors, from their products alone."""
     V = torch.stack(vectors).double()
-    weights = pcgrad.projected_sum((V @ V.T).numpy(), key)
+    weights = pcgrad.projection_weights((V @ V.T).numpy(), key)
     return torch.tensor(weights, dtype=V.dtype) @ V
 
 
@@ -129,7 +129,7 @@ def test_orthogonal_and_agreeing_gradients_are_untouched():
     b = torch.tensor([0.0, 3.0, 0.0])
     c = torch.tensor([1.0, 1.0, 5.0])
     dots_KK = np.array([[4.0, 0, 2], [0, 9.0, 3], [2, 3, 27.0]])
-    assert pcgrad.projected_sum(dots_KK, (0,)) == [1.0, 1.0, 1.0]
+    assert pcgrad.projection_weights(dots_KK, (0,)) == [1.0, 1.0, 1.0]
     assert torch.equal(combine([a, b, c]), (a + b + c).double())
 
 
@@ -285,8 +285,8 @@ def test_the_logits_step_once_a_rollout_by_what_all_its_mini_batches_showed():
     famo.domain_weights({"math": 0.5, "code": 1.0}, False, state, args)
     assert all(logit == 0 for logit in state["logits"].values())
     assert state["loss"]["math"] == 0.5
-    assert state["compared"]["math"] == 1.0
+    assert state["loss_at_step"]["math"] == 1.0
     # 1.0 → 0.8: math improved and loses weight
     famo.domain_weights({"math": 0.8, "code": 1.0}, True, state, args)
     assert state["logits"]["math"] < 0 < state["logits"]["code"]
-    assert state["compared"]["math"] == 0.8
+    assert state["loss_at_step"]["math"] == 0.8

@@ -1,5 +1,4 @@
-"""Benchmarks: rows in the sources' own fields; every gold answer is right, every mutated one wrong;
-eval.py on them."""
+"""Benchmarks: rows in the sources' own fields, their gold and mutated answers, and eval.py."""
 
 import base64
 import copy
@@ -27,11 +26,11 @@ from test_rewards import server  # noqa: F401  (a fixture)
 
 
 def program_case(text, result, kind):
-    """LiveCodeBench's test: an input and the output it should give."""
+    """A test case of LiveCodeBench: an input and the output that it should give."""
     return {"input": text, "output": result, "testtype": kind}
 
 
-def compressed(cases) -> str:
+def compress(cases) -> str:
     """Private test cases as LiveCodeBench packs them: JSON in a pickle, compressed, in base64."""
     pickled = pickle.dumps(json.dumps(cases))
     return base64.b64encode(zlib.compress(pickled)).decode()
@@ -51,7 +50,7 @@ LIVECODEBENCH_METHOD = {
     "starter_code": METHOD_STUB,
     "metadata": json.dumps({"func_name": "add"}),
     "public_test_cases": json.dumps([program_case("1\n[2, 3]", "6", "functional")]),
-    "private_test_cases": compressed([program_case("0\n[]", "0", "functional")]),
+    "private_test_cases": compress([program_case("0\n[]", "0", "functional")]),
 }
 METHOD = f"```python\n{METHOD_STUB}return a + sum(b)\n```"
 MBPP = {
@@ -129,21 +128,22 @@ def rows_of(tmp_path, name, *source_rows):
     return benchmarks.rows_of(name, {name: str(path)})
 
 
-def score(row, *answers):
+def rewards_of(row, *answers) -> list[float]:
+    """The reward of each answer to one row."""
     scores = rewards.score(list(answers), [row] * len(answers), "lenient")
     return [score.reward for score in scores]
 
 
 def check_answers(row, right, wrong):
-    """Right is right with and without tags, and wrong is wrong; what is thought does not count."""
+    """`right` is right with and without tags, `wrong` is wrong, and thoughts do not count."""
     right_responses = [
         right,
         f"<think>{wrong[0]}</think>{right}",
         f"<think>x</think><answer>{right}</answer>",
     ]
     wrong_responses = [*wrong, f"<think>{right}</think>{wrong[0]}"]
-    rewards_found = score(row, *right_responses, *wrong_responses)
-    assert rewards_found == [1.0] * 3 + [0.0] * (len(wrong) + 1)
+    assert rewards_of(row, *right_responses) == [1.0] * 3
+    assert rewards_of(row, *wrong_responses) == [0.0] * (len(wrong) + 1)
 
 
 @pytest.mark.parametrize("name, source_row, right, wrong", ROWS, ids=[case[0] for case in ROWS])
@@ -217,10 +217,10 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path):
 def test_a_package_that_is_not_there_is_named_in_one_line(package, name, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
 
-    def find_other_spec(asked, *rest):
+    def find_all_but_the_package(asked, *rest):
         return None if asked == package else find_spec(asked, *rest)
 
-    monkeypatch.setattr(importlib.util, "find_spec", find_other_spec)
+    monkeypatch.setattr(importlib.util, "find_spec", find_all_but_the_package)
     with pytest.raises(UserError, match=f"pip install .*{package.replace('_', '-')}"):
         rows = rows_of(tmp_path, name, IFEVAL)
         rewards.check_rows(rows, "", "")
@@ -231,12 +231,13 @@ def test_a_package_that_is_not_there_is_named_in_one_line(package, name, tmp_pat
 
 @pytest.fixture(scope="module")
 def packages():
+    """Skip the test if a package with checkers is not installed."""
     for package in ("if_verifiable", "bfcl_eval", "inspect_evals"):
         if importlib.util.find_spec(package) is None:  # not imported here: that takes seconds
             pytest.skip(f"needs the package {package}")
 
 
-CONSTRAINTS = [  # id, arguments, a text that meets it, one that does not
+CONSTRAINTS = [  # (id, kwargs, a text that meets it, a text that does not)
     ("punctuation:no_comma", {}, "One two", "One, two"),
     ("keywords:existence", {"keywords": ["moon", "sun"]}, "Moon and sun", "Moon and stars"),
     ("keywords:forbidden_words", {"forbidden_words": ["moon"]}, "Sun", "The moon"),
@@ -294,7 +295,7 @@ CONSTRAINTS = [  # id, arguments, a text that meets it, one that does not
         "Das ist ein deutscher Satz und noch einer dazu",
         "This is an English sentence and one more",
     ),
-    # from here on IFBench's
+    # these are IFBench's
     ("count:unique_word_count", {"N": 3}, "one two three four", "one one one one"),
     ("format:parentheses", {}, "(a [b {c (d [e])}])", "(a)"),
     ("custom:multiples", {}, "14, 21, 28, 35, 42, 49", "14, 21, 28, 35, 42, 50"),
@@ -306,7 +307,7 @@ CONSTRAINTS = [  # id, arguments, a text that meets it, one that does not
     "name, arguments, met, broken", CONSTRAINTS, ids=[case[0] for case in CONSTRAINTS]
 )
 def test_constraints_met_and_broken(packages, tmp_path, name, arguments, met, broken):
-    # the data's own padding: every argument of every constraint, null where it is another's
+    # The data is padded: each constraint has the arguments of all, null if they are another's.
     padded = {"num_words": None, "keywords": None, "N": None} | arguments
     source = {
         "key": 1,
@@ -315,20 +316,22 @@ def test_constraints_met_and_broken(packages, tmp_path, name, arguments, met, br
         "kwargs": [padded],
     }
     (row,) = rows_of(tmp_path, "ifeval", source)
-    thought = [f"<think>{broken}</think>{met}", f"<think>{met}</think>{broken}"]
-    assert score(row, met, broken, *thought) == [1.0, 0.0, 1.0, 0.0]
+    with_thoughts = [f"<think>{broken}</think>{met}", f"<think>{met}</think>{broken}"]
+    assert rewards_of(row, met, broken, *with_thoughts) == [1.0, 0.0, 1.0, 0.0]
 
 
 def test_all_constraints_of_a_row_count_and_ifbench_is_loose(packages, tmp_path):
     (strict,) = rows_of(tmp_path, "ifeval", IFEVAL)
     (loose,) = rows_of(tmp_path, "ifbench", IFEVAL)
-    answers = ["sun and sun", "sun and, sun", "sun"]  # both constraints met, the second, the first
-    assert score(strict, *answers) == [1.0, 0.0, 0.0]
-    assert score(loose, *answers) == [1.0, 0.0, 0.0]
+    # These answers meet both constraints, only the second, only the first.
+    answers = ["sun and sun", "sun and, sun", "sun"]
+    assert rewards_of(strict, *answers) == [1.0, 0.0, 0.0]
+    assert rewards_of(loose, *answers) == [1.0, 0.0, 0.0]
 
-    first_line = "Sure, here it is:\nsun and sun"  # loose: also without the first line
-    assert score(strict, first_line) == [0.0]
-    assert score(loose, first_line) == [1.0]
+    # Loose checks also try the answer without its first line.
+    with_preface = "Sure, here it is:\nsun and sun"
+    assert rewards_of(strict, with_preface) == [0.0]
+    assert rewards_of(loose, with_preface) == [1.0]
 
     unknown = copy.deepcopy(IFEVAL)
     unknown["instruction_id_list"][0] = "punctuation:no_semicolon"
@@ -342,7 +345,10 @@ def test_all_constraints_of_a_row_count_and_ifbench_is_loose(packages, tmp_path)
 
 
 def gold_calls(row) -> list[dict]:
-    """Calls with the first alternative of each argument, left out where that is "" and allowed."""
+    """Calls with the first alternative of each argument.
+
+    An argument is left out if its first alternative is "" and its function allows that.
+    """
     calls = []
     for possible_call in row["possible"]:
         for name, possible_arguments in possible_call.items():
@@ -352,6 +358,7 @@ def gold_calls(row) -> list[dict]:
 
 
 def gold_arguments(row, name: str, possible: dict) -> dict:
+    """The arguments of one gold call. possible: argument → its alternatives."""
     schema = next(
         function["parameters"] for function in row["functions"] if function["name"] == name
     )
@@ -360,7 +367,7 @@ def gold_arguments(row, name: str, possible: dict) -> dict:
     for key, options in possible.items():
         if key not in properties and "" in options:
             continue
-        if key in required:  # so "" must not be what is chosen, if there is another
+        if key in required:  # the first alternative must not be "", if there is another
             options = sorted(options, key=lambda option: option == "")
         alternatives[key] = options
     arguments = first_alternatives(alternatives)
@@ -408,11 +415,13 @@ def source_literal(value, schema: dict, language: str) -> str:
 
 
 def array_items(values, schema: dict, language: str) -> list[str]:
+    """source_literal of each value, by the schema's type of items."""
     item_schema = {"type": schema.get("items", {}).get("type") or "any"}
     return [source_literal(value, item_schema, language) for value in values]
 
 
 def java_list(values, schema: dict, language: str) -> str:
+    """The source code of a Java ArrayList."""
     if not values:
         return "new ArrayList<>()"
     if schema.get("items", {}).get("type") in (None, "String"):
@@ -425,8 +434,8 @@ def java_list(values, schema: dict, language: str) -> str:
 # ---------------- BFCL: mutants of the gold calls ----------------
 
 
-def changed(value):
-    """Another value of the same type; None where there is none."""
+def change(value):
+    """Another value of the same type; None if this function knows none."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):
@@ -436,13 +445,16 @@ def changed(value):
     if isinstance(value, list) and len(value) > 1:
         return value[:-1]
     if isinstance(value, list) and value:
-        return [changed(item) for item in value]
+        return [change(item) for item in value]
     return None
 
 
 def mutants(row, calls) -> list[tuple[str, list[dict]]]:
-    """Of the right calls: one less, one more, another name, an argument that nobody asked for, and
-    each argument's value changed to one that is not among the possible ones."""
+    """(kind, wrong calls) made from the right calls.
+
+    There is one call less, one more, another name, an argument that nobody asked for, or a changed
+    value that is not among an argument's alternatives.
+    """
     first, others = calls[0], calls[1:]
     arguments = first["arguments"]
     mutated = [
@@ -455,15 +467,16 @@ def mutants(row, calls) -> list[tuple[str, list[dict]]]:
         return mutated
     possible = row["possible"][0][first["name"]]
     for key, value in arguments.items():
-        other = changed(value)
-        if other is not None and other not in possible[key]:
-            mutated.append(("argument", [first | {"arguments": arguments | {key: other}}] + others))
+        new_value = change(value)
+        if new_value is not None and new_value not in possible[key]:
+            new_call = first | {"arguments": arguments | {key: new_value}}
+            mutated.append(("argument", [new_call] + others))
     return mutated
 
 
-# Rows whose answers BFCL's own checker cannot accept: they leave out what their schema requires, or
-# name what it lacks.
-CONTRADICT = {
+# BFCL's own checker cannot accept the answers of these rows: they leave out what their schema
+# requires, or name what it lacks.
+CONTRADICTORY_ROWS = {
     "simple_java_36",
     "simple_java_64",
     "simple_java_65",
@@ -478,6 +491,7 @@ WITHOUT_ANSWERS = [name for name in benchmarks.BFCL_CATEGORIES if "relevance" in
 
 @functools.cache
 def bfcl_rows(category: str) -> list[dict]:
+    """The rows of one category; they are read only once."""
     return benchmarks.rows_of(f"bfcl-{category}", {})
 
 
@@ -490,14 +504,14 @@ def score_calls(rows, calls) -> list[float]:
 @pytest.mark.parametrize("category", WITHOUT_ANSWERS)
 def test_bfcl_asks_for_no_call_where_no_function_fits(packages, category):
     rows = bfcl_rows(category)
-    called = []
+    one_call = []  # for each row
     for row in rows:
         name = row["functions"][0]["name"] if row["functions"] else "f"
-        called.append([{"name": name, "arguments": {}}])
-    silent = [[] for _ in rows]
+        one_call.append([{"name": name, "arguments": {}}])
+    no_call = [[] for _ in rows]
     reward_of_silence = float("irrelevance" in category)
-    assert score_calls(rows, silent) == [reward_of_silence] * len(rows)
-    assert score_calls(rows, called) == [1 - reward_of_silence] * len(rows)
+    assert score_calls(rows, no_call) == [reward_of_silence] * len(rows)
+    assert score_calls(rows, one_call) == [1 - reward_of_silence] * len(rows)
 
 
 @pytest.mark.parametrize("category", WITH_ANSWERS)
@@ -508,18 +522,18 @@ def test_bfcl_finds_its_own_answers_right_and_every_mutant_wrong(packages, categ
     for row, reward in zip(rows, score_calls(rows, gold), strict=True):
         if reward != 1.0:
             refused.add(row["id"].split("/")[1])
-    assert refused == {name for name in CONTRADICT if name.startswith(category + "_")}
+    assert refused == {name for name in CONTRADICTORY_ROWS if name.startswith(category + "_")}
 
     mutated = []
     for row, calls in zip(rows, gold, strict=True):
         for kind, wrong_calls in mutants(row, calls):
             mutated.append((row, kind, wrong_calls))
-    found = score_calls([row for row, _, _ in mutated], [calls for _, _, calls in mutated])
-    missed = []
-    for (row, kind, calls), reward in zip(mutated, found, strict=True):
+    mutant_rewards = score_calls([row for row, _, _ in mutated], [calls for _, _, calls in mutated])
+    accepted = []
+    for (row, kind, calls), reward in zip(mutated, mutant_rewards, strict=True):
         if reward != 0.0:
-            missed.append((row["id"], kind, calls))
-    assert not missed, (len(missed), len(mutated), missed[:5])
+            accepted.append((row["id"], kind, calls))
+    assert not accepted, (len(accepted), len(mutated), accepted[:5])
 
 
 def test_bfcl_counts(packages):
@@ -554,9 +568,9 @@ def test_writingbench_is_scored_by_a_critic_over_http(packages, server):  # noqa
         return f'{{"score": {next(scores)}, "reason": "fine"}}'
 
     server.reply = reply
-    (verdict,) = rewards.score(["A poem."], rows[:1], "lenient", judge_url=server.url)
-    assert verdict.reward == pytest.approx(0.8)
-    assert verdict.correct
+    (result,) = rewards.score(["A poem."], rows[:1], "lenient", judge_url=server.url)
+    assert result.reward == pytest.approx(0.8)
+    assert result.correct
     assert len(prompts) == 5
     for prompt in prompts:
         assert rows[0]["prompt"] in prompt
@@ -565,12 +579,12 @@ def test_writingbench_is_scored_by_a_critic_over_http(packages, server):  # noqa
     for criterion in rows[0]["checklist"]:
         assert any(str(criterion) in prompt for prompt in prompts)
 
-    for answer in ("no idea", '{"score": 11}', '{"score": 0}'):
-        server.reply = lambda prompt: answer  # noqa: B023
-        response = f"Another {answer}."
-        (verdict,) = rewards.score([response], rows[:1], "lenient", judge_url=server.url)
-        assert verdict.reward is None
-        assert "critic-error" in verdict.why
+    for bad_reply in ("no idea", '{"score": 11}', '{"score": 0}'):
+        server.reply = lambda prompt: bad_reply  # noqa: B023  (called in this round only)
+        response = f"Another {bad_reply}."  # a new request, which no cached reply answers
+        (result,) = rewards.score([response], rows[:1], "lenient", judge_url=server.url)
+        assert result.reward is None
+        assert "critic-error" in result.why
     with pytest.raises(UserError, match="--judge-url"):
         rewards.check_rows(rows, "", "")
 
@@ -580,7 +594,7 @@ def test_writingbench_is_scored_by_a_critic_over_http(packages, server):  # noqa
 
 @pytest.fixture
 def evaluate_sums(toy, tmp_path):
-    """evaluate(name, *flags): the items of the toy, asked its own sums as two benchmarks."""
+    """evaluate(name, *flags): the items of an evaluation of the toy on two benchmarks of sums."""
     problems = []
     for row in toy_rows():
         if row["domain"] == "math":
@@ -600,7 +614,7 @@ def evaluate_sums(toy, tmp_path):
 
 
 def test_avg_at_k_does_not_depend_on_batches_or_restarts(evaluate_sums, tmp_path, capsys):
-    """Other batch sizes, another size of the sampler's batch, a stop in the middle."""
+    """The items stay the same with other batch sizes, and after a stop in the middle."""
     sample_before = sampler.sample
     items = evaluate_sums("whole")
     printed = capsys.readouterr().out
@@ -613,7 +627,7 @@ def test_avg_at_k_does_not_depend_on_batches_or_restarts(evaluate_sums, tmp_path
     assert 0 < sum(item["accuracy"] for item in items) < 40
     assert sampler.sample is sample_before
 
-    # as a kill leaves it: seven items and a piece of the eighth
+    # What a kill leaves: seven items and the beginning of the eighth.
     small = tmp_path / "small"
     lines = (small / "items.jsonl").read_text().splitlines(True)
     (small / "items.jsonl").write_text("".join(lines[:7]) + lines[7][:50])
@@ -665,7 +679,7 @@ def test_a_verifier_that_is_down_stops_the_evaluation_and_its_failures_are_asked
         --model toy --data toy --domains math --held-out 8 --k 4 --threads 1 --out
     """.split()
     honest_score = rewards.score
-    outage = {"responses": 32}  # the verifier fails for so many, from the first: here for all
+    outage = {"responses": 32}  # the verifier fails for the first 32 responses, which are all
 
     def score_with_failures(texts, rows, *rest, **options):
         scores = honest_score(texts, rows, *rest, **options)
@@ -679,7 +693,7 @@ def test_a_verifier_that_is_down_stops_the_evaluation_and_its_failures_are_asked
         evaluation.main([*flags, out])
     assert evaluation.read_items(out) == []
 
-    # the first prompt's four responses fail; it is asked again; nothing is left to ask
+    # First the first prompt's four responses fail; then it is asked again; then nothing is left.
     for responses, done, unscored in ((4, 0, 1), (0, 7, 0), (0, 8, 0)):
         outage["responses"] = responses
         items = evaluation.read_items(evaluation.main([*flags, out]))
@@ -689,11 +703,11 @@ def test_a_verifier_that_is_down_stops_the_evaluation_and_its_failures_are_asked
         assert without_score == [True] * unscored + [False] * (8 - unscored)
 
     monkeypatch.setattr(rewards, "score", honest_score)
-    whole = evaluation.read_items(evaluation.main([*flags, str(tmp_path / "whole")]))
-    assert whole == items
+    without_outage = evaluation.main([*flags, str(tmp_path / "without-outage")])
+    assert evaluation.read_items(without_outage) == items
 
 
-def test_a_part_of_a_benchmark_is_refused(toy, tmp_path):
+def test_a_benchmark_with_prompts_that_do_not_fit_is_refused(toy, tmp_path):
     rows_of(
         tmp_path,
         "math500",

@@ -278,7 +278,7 @@ def test_ranks_are_joined_in_order_and_a_row_counts_once():
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
 def test_a_saved_model_is_what_transformers_opens(architecture, shard_bytes, tmp_path):
     policy = make_policy(architecture)
-    tensors = ranks.weights(policy, torch.float32, cut=False)
+    tensors = ranks.weights(policy, torch.float32, cut_to_vocab=False)
     checkpoints.save_model(tmp_path, policy.model, toy_tokenizer(), tensors, shard_bytes)
     files = sorted(path.name for path in tmp_path.glob("model*"))
     if shard_bytes == 10**9:

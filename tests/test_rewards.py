@@ -1,4 +1,4 @@
-"""Rewards: tables of right, wrong, invalid and tricky responses; traps that others fell into."""
+"""Rewards: tables of right, wrong, invalid and tricky responses, and mistakes of other projects."""
 
 import contextlib
 import http.server
@@ -25,6 +25,7 @@ def wrap(answer: str, thought: str = "so") -> str:
 
 
 def score_one(response: str, row: dict, **options) -> rewards.Score:
+    """The score of one response to a row that gets an id and a prompt."""
     return score([response], [{"id": "r", "prompt": "?", **row}], **options)[0]
 
 
@@ -95,9 +96,9 @@ def test_valid_formats(response, answer):
 )
 def test_invalid_formats_cost_minus_one(response):
     assert extract_answer(response)[0] is None
-    verdict = score_one(response, MATH)
-    assert verdict[:3] == (-1.0, False, False)
-    assert verdict.why.startswith("format: ")
+    result = score_one(response, MATH)
+    assert result[:3] == (-1.0, False, False)
+    assert result.why.startswith("format: ")
 
 
 @pytest.mark.parametrize(
@@ -135,14 +136,14 @@ def test_the_lenient_scheme_takes_all_as_answer_but_no_open_thought():
         "4",
     ]
     scores = score(responses, [row] * 4, scheme="lenient")
-    assert [verdict[:3] for verdict in scores] == [
+    assert [result[:3] for result in scores] == [
         (1.0, True, True),
         (1.0, True, True),
         (0.0, False, False),
         (1.0, True, True),
     ]
 
-    # A box is not all of a text that counts as a whole.
+    # Where the whole text counts, a box is only a piece of it.
     at_least_five = {
         "id": "length_constraints:number_words",
         "kwargs": {"relation": "at least", "num_words": 5},
@@ -198,8 +199,8 @@ def test_a_box_hides_nothing_where_the_whole_answer_counts():
     ],
 )
 def test_math(reference, answer, right):
-    verdict = score_one(wrap(answer), {"domain": "math", "answer": reference})
-    assert verdict[:3] == ((1.0, True, True) if right else (-0.5, False, True))
+    result = score_one(wrap(answer), {"domain": "math", "answer": reference})
+    assert result[:3] == ((1.0, True, True) if right else (-0.5, False, True))
 
 
 @pytest.mark.parametrize(
@@ -237,9 +238,9 @@ def test_a_pathological_answer_costs_seconds_and_its_neighbours_keep_their_verdi
         rows.append({"id": str(i), "domain": "math", "prompt": "?", "answer": "\\frac{1}{2}"})
     started = time.monotonic()
     scores = score([wrap(answer) for answer in answers], rows)
-    assert [verdict.correct for verdict in scores] == [False, True, False, False, True]
-    assert "timeout" in [verdict.why for verdict in scores]
-    assert time.monotonic() - started < 60  # a hang would be for ever
+    assert [result.correct for result in scores] == [False, True, False, False, True]
+    assert "timeout" in [result.why for result in scores]
+    assert time.monotonic() - started < 60  # without a time limit it would never end
 
 
 def test_a_checker_that_cannot_start_stops_the_run(tmp_path, monkeypatch):
@@ -255,9 +256,9 @@ def test_gym_rows_are_scored_by_their_own_checker_without_partial_credit(monkeyp
     rows = gym_rows(["chain_sum", "leg_counting"], seed=1, size=3)
     assert {row["domain"] for row in rows} == {"math"}
     right = [wrap(row["answer"]) for row in rows]
-    assert all(verdict.reward == 1.0 for verdict in score(right, rows))
+    assert all(result.reward == 1.0 for result in score(right, rows))
     wrong = [wrap(row["answer"] + "1") for row in rows]
-    assert all(verdict.reward == -0.5 for verdict in score(wrong, rows))
+    assert all(result.reward == -0.5 for result in score(wrong, rows))
 
 
 # ---------------- code ----------------
@@ -293,21 +294,21 @@ def test_gym_rows_are_scored_by_their_own_checker_without_partial_credit(monkeyp
 )
 def test_code(row, program, reward, monkeypatch):
     monkeypatch.setattr(code, "CODE_SECONDS", 2)
-    verdict = score_one(wrap(program), row)
-    assert (verdict.reward, verdict.valid) == (reward, reward != -1.0)
+    result = score_one(wrap(program), row)
+    assert (result.reward, result.valid) == (reward, reward != -1.0)
 
 
 def test_humaneval_pays_for_all_canonical_solutions_and_for_no_broken_one():
     rows = humaneval_rows()
     assert len(rows) == 164
     canonical = [wrap(f"```python\n{row['solution']}```") for row in rows]
-    assert all(verdict.reward == 1.0 for verdict in score(canonical, rows))
+    assert all(result.reward == 1.0 for result in score(canonical, rows))
     for body in ("return None", "pass", "raise ValueError"):  # more of these in test_sandbox.py
         broken = []
         for row in rows:
             signature = row["prompt"].split("```python\n")[1].split("```")[0]
             broken.append(wrap(f"```python\n{signature}    {body}\n```"))
-        assert all(verdict.reward == -0.5 for verdict in score(broken, rows))
+        assert all(result.reward == -0.5 for result in score(broken, rows))
 
 
 # ---------------- science ----------------
@@ -367,12 +368,12 @@ def test_humaneval_pays_for_all_canonical_solutions_and_for_no_broken_one():
     ],
 )
 def test_science_without_a_verifier(reference, answer, right):
-    verdict = score_one(wrap(answer), {"domain": "science", "answer": reference})
+    result = score_one(wrap(answer), {"domain": "science", "answer": reference})
     longer = abs(len(answer.split()) - len(reference.split()))
     if right:
-        assert verdict[:3] == (pytest.approx(1.0 - 0.05 * longer), True, True)
+        assert result[:3] == (pytest.approx(1.0 - 0.05 * longer), True, True)
     else:
-        assert verdict[:3] == (0.0, False, True)
+        assert result[:3] == (0.0, False, True)
 
 
 def test_science_pays_less_for_length_down_to_a_half():
@@ -441,7 +442,7 @@ def test_the_toys_judge(poem, reward):
 
 # ---------------- if ----------------
 
-IF_CASES = [  # (id, kwargs, met by, not met by)
+IF_CASES = [  # (id, kwargs, a text that meets it, a text that does not)
     ("keywords:existence", {"keywords": ["sun", "sea"]}, "Sun and SEA", "sun only"),
     (
         "keywords:frequency",
@@ -640,7 +641,7 @@ def test_agent(calls, reward):
 
 
 class ModelHandler(http.server.BaseHTTPRequestHandler):
-    """Completes a prompt with server.reply(prompt): a text, an HTTP error, "cut", or None.
+    """Complete a prompt with server.reply(prompt): a text, an HTTP error, "cut", or None.
 
     "cut" sends half a reply, None hangs up.
     """
@@ -701,9 +702,9 @@ def test_the_verifier_decides_and_its_failures_are_not_wrong_answers(server):
     server.reply = lambda text: replies[text.split("Student answer: ")[1].split("\n")[0]]
     scores = score([wrap(name) for name in replies], [SCIENCE] * 6, verifier_url=server.url)
     # "yes" is a word shorter than the truth
-    assert [verdict.reward for verdict in scores] == [0.95, 0.0, None, None, None, None]
-    assert [verdict.correct for verdict in scores] == [True, False, None, None, None, None]
-    assert all(verdict.why.startswith("verifier-error") for verdict in scores[2:])
+    assert [result.reward for result in scores] == [0.95, 0.0, None, None, None, None]
+    assert [result.correct for result in scores] == [True, False, None, None, None, None]
+    assert all(result.why.startswith("verifier-error") for result in scores[2:])
 
 
 def test_a_verifier_that_refuses_is_no_wrong_answer_and_a_wrong_format_needs_none(server):
@@ -715,6 +716,7 @@ def test_a_verifier_that_refuses_is_no_wrong_answer_and_a_wrong_format_needs_non
 
 
 def writing_rows(count: int) -> list[dict]:
+    """Different writing rows with the same reference, PLAIN."""
     rows = []
     for i in range(count):
         prompt = f"Write {i}."
@@ -738,7 +740,7 @@ def test_the_judge_sees_answers_only_in_drawn_order(server):
     seen = []
     server.reply = judge_that_prefers("FINE", seen)
     scores = score([wrap("FINE", thought="SECRET")] * 40, rows, judge_url=server.url)
-    assert {verdict.reward for verdict in scores} == {1.0}
+    assert {result.reward for result in scores} == {1.0}
     assert not any("SECRET" in prompt for prompt in seen)
     answer_is_first = [prompt.index("FINE") < prompt.index("PLAIN") for prompt in seen]
     assert 5 < sum(answer_is_first) < 35  # both orders occur
@@ -746,7 +748,7 @@ def test_the_judge_sees_answers_only_in_drawn_order(server):
     servers.REPLIES.unlink()  # else the replies are known
     server.reply = judge_that_prefers("PLAIN", seen)
     scores = score([wrap("FINE")] * 40, rows, judge_url=server.url)
-    assert {verdict[:2] for verdict in scores} == {(-0.5, False)}
+    assert {result[:2] for result in scores} == {(-0.5, False)}
 
 
 def test_a_judge_may_write_small_letters_or_find_a_tie(server):
@@ -754,12 +756,12 @@ def test_a_judge_may_write_small_letters_or_find_a_tie(server):
     prefer_fine = judge_that_prefers("FINE", [])
     server.reply = lambda prompt: prefer_fine(prompt).lower()  # [[a]]
     scores = score([wrap("FINE")] * 5, rows, judge_url=server.url)
-    assert {verdict.reward for verdict in scores} == {1.0}
+    assert {result.reward for result in scores} == {1.0}
 
     servers.REPLIES.unlink()
     server.reply = lambda prompt: "[[C]]"
     scores = score([wrap("FINE")] * 3, rows[:3], judge_url=server.url)
-    assert {verdict[:2] for verdict in scores} == {(0.25, False)}
+    assert {result[:2] for result in scores} == {(0.25, False)}
     with pytest.raises(UserError, match="--judge-url"):
         score([wrap("FINE")], rows[:1])
 
@@ -770,7 +772,7 @@ def test_both_orders_and_a_judge_that_only_sees_positions(server, monkeypatch):
 
     server.reply = lambda prompt: "[[A]]"  # whatever is shown first
     scores = score([wrap("FINE")] * 6, rows, judge_url=server.url)
-    assert {verdict[:2] for verdict in scores} == {(0.25, False)}
+    assert {result[:2] for result in scores} == {(0.25, False)}
     assert len(server.asked) == 12
 
     def prefer_best(prompt):
@@ -778,26 +780,26 @@ def test_both_orders_and_a_judge_that_only_sees_positions(server, monkeypatch):
 
     server.reply = prefer_best
     scores = score([wrap("BEST")] * 6, rows, judge_url=server.url)
-    assert {verdict[:2] for verdict in scores} == {(1.0, True)}
+    assert {result[:2] for result in scores} == {(1.0, True)}
 
     def fail_in_one_order(prompt):
         return "[[A]]" if prompt.index("ODD") < prompt.index("PLAIN") else 500
 
     server.reply = fail_in_one_order
     scores = score([wrap("ODD")] * 6, rows, judge_url=server.url)
-    assert {verdict.reward for verdict in scores} == {None}
+    assert {result.reward for result in scores} == {None}
 
 
 def test_what_was_asked_once_is_not_asked_again_and_failures_are(server):
     server.reply = lambda prompt: "Final Decision: Yes" if "good" in prompt else 500
     responses = [wrap("good"), wrap("good"), wrap("bad")]
     scores = score(responses, [SCIENCE] * 3, verifier_url=server.url)
-    assert [verdict.correct for verdict in scores] == [True, True, None]
+    assert [result.correct for result in scores] == [True, True, None]
     assert len(server.asked) == 1 + 4  # equal questions once; a failure with its retries
 
     server.reply = lambda prompt: "Final Decision: No"
     scores = score([wrap("good"), wrap("bad")], [SCIENCE] * 2, verifier_url=server.url)
-    assert [verdict.correct for verdict in scores] == [True, False]
+    assert [result.correct for result in scores] == [True, False]
     assert len(server.asked) == 6
     other_row = {**SCIENCE, "answer": "another"}
     scores = score([wrap("good")], [other_row], verifier_url=server.url)
@@ -835,19 +837,19 @@ def test_a_slow_server_times_out_and_is_not_asked_for_ever(server, monkeypatch):
     started = time.perf_counter()
     responses = [wrap(f"x{i}") for i in range(400)]
     scores = score(responses, [SCIENCE] * 400, verifier_url=server.url)
-    assert {verdict.correct for verdict in scores} == {None}
+    assert {result.correct for result in scores} == {None}
     assert time.perf_counter() - started < 20
-    assert any("timed out" in verdict.why for verdict in scores)
+    assert any("timed out" in result.why for result in scores)
     assert "not asked, because it answered none" in scores[-1].why
 
 
 def test_the_cache_is_free_for_others_while_calls_are_out(server):
-    """During each call somebody else writes to the cache, and waits a moment only."""
+    """During each call another connection writes to the cache, and it hardly waits."""
 
     def reply(prompt):
         connection = sqlite3.connect(servers.REPLIES, timeout=10, isolation_level=None)
-        with contextlib.closing(connection) as other:
-            other.execute("insert or replace into replies values (?, ?)", (prompt, "other's"))
+        with contextlib.closing(connection) as cache:
+            cache.execute("insert or replace into replies values (?, ?)", (prompt, "other's"))
         return "ours"
 
     server.reply = reply
@@ -871,6 +873,7 @@ def test_workers_start_in_any_directory_and_leave_nothing_behind(tmp_path, monke
     assert not os.path.exists("left-behind")
 
     def child_commands():
+        """The command lines of this process's children."""
         with open(f"/proc/{os.getpid()}/task/{os.getpid()}/children") as file:
             children = file.read().split()
         commands = []

@@ -1,7 +1,10 @@
-"""The sandbox against every family of attack we know, what it must still allow, and what it leaves
-behind: nothing. The attacks themselves are in sandbox_cases.py."""
+"""The sandbox stops every family of attack we know, allows honest code, and leaves nothing behind.
+
+The attacks themselves are in sandbox_cases.py.
+"""
 
 import ast
+import concurrent.futures
 import functools
 import http.server
 import json
@@ -27,7 +30,8 @@ from conftest import ROOT
 from sandbox_cases import SQUARE
 from sources.packaged import humaneval_rows
 
-RIGHT = "def f(x): return x * x"
+RIGHT = "def f(x): return x * x"  # solves SQUARE
+CORES = os.cpu_count() or 1
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the seal needs Linux")
 only_x86_64 = pytest.mark.skipif(
@@ -35,11 +39,17 @@ only_x86_64 = pytest.mark.skipif(
 )
 
 
+def run_many(jobs: list[tuple], workers: int = CORES) -> list[sandbox.Verdict]:
+    """sandbox.run(*job) for each job, in order, on at most as many workers as there are cores."""
+    with concurrent.futures.ThreadPoolExecutor(min(workers, CORES)) as pool:
+        return list(pool.map(lambda job: sandbox.run(*job), jobs))
+
+
 # ---------------- processes ----------------
 
 
 def parent_of(pid: int) -> int | None:
-    """The parent's process id, or None where the process is gone."""
+    """The parent's process id, or None if the process is gone."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1]
     except (FileNotFoundError, ProcessLookupError):
@@ -48,7 +58,7 @@ def parent_of(pid: int) -> int | None:
 
 
 def all_parents() -> dict[int, int]:
-    """{process id: its parent's} of this machine."""
+    """{process id: its parent's} of all processes of this machine."""
     parents = {}
     for name in os.listdir("/proc"):
         parent = parent_of(int(name)) if name.isdigit() else None
@@ -71,7 +81,7 @@ def descendants(ancestor: int, parents: dict[int, int] | None = None) -> dict[in
 
 
 def sandbox_workers() -> list[subprocess.Popen]:
-    """The workers that wait for a job; they stay in the sandbox's queue."""
+    """The workers that wait for a job. They stay in the sandbox's queue."""
     workers = []
     while not sandbox.idle.empty():
         workers.append(sandbox.idle.get())
@@ -81,7 +91,7 @@ def sandbox_workers() -> list[subprocess.Popen]:
 
 
 def wait_until(condition, seconds: float) -> bool:
-    """Whether condition() holds within so many seconds: a killed process needs a moment to go."""
+    """Whether condition() holds within so many seconds: a killed process does not end at once."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -92,11 +102,12 @@ def wait_until(condition, seconds: float) -> bool:
 
 @functools.cache
 def is_sealed() -> bool:
+    """Whether this machine can seal model-written code."""
     return sandbox.self_test()["sealed"]
 
 
-def strangers() -> set[int]:
-    """This process's descendants but for the workers and their S and T."""
+def unexpected_processes() -> set[int]:
+    """This process's descendants, except the workers and their S and T."""
     workers = {worker.pid for worker in sandbox_workers()}
     below = descendants(os.getpid())
     return {pid for pid, parent in below.items() if pid not in workers and parent not in workers}
@@ -117,30 +128,35 @@ def own_state() -> dict:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(tmp_path, monkeypatch):
-    """Before and after each test: processes, descriptors, limits, environment, cwd, a canary file.
+    """Check that a test changes no process, descriptor, limit, variable, folder or canary file.
 
-    Returns the canary's path.
+    Gives the canary's path.
     """
     assert is_sealed(), "this machine does not seal: the attacks below are not run on it"
     canary = tmp_path / "canary"
     canary.write_text("alive")
     monkeypatch.setenv("SECRET", "hunter2")
     sandbox.run(RIGHT, SQUARE)
-    strangers_before = strangers()
+    processes_before = unexpected_processes()
     state_before = own_state()
 
     yield canary
 
     def nothing_changed():
-        return strangers() <= strangers_before and own_state() == state_before
+        return unexpected_processes() <= processes_before and own_state() == state_before
 
-    assert wait_until(nothing_changed, 5), (strangers(), strangers_before, own_state())
+    assert wait_until(nothing_changed, 5), (
+        unexpected_processes(),
+        processes_before,
+        own_state(),
+    )
     assert canary.read_text() == "alive"
     assert not os.path.lexists("/tmp/sandbox-left-behind")
     assert wait_until(workers_are_ready, 5), "between jobs a worker has exactly S and T waiting"
 
 
 def workers_are_ready() -> bool:
+    """Whether each waiting worker has two children, S and T."""
     parents = all_parents()
     counts = [len(descendants(worker.pid, parents)) for worker in sandbox_workers()]
     return all(count == 2 for count in counts)
@@ -149,7 +165,7 @@ def workers_are_ready() -> bool:
 # ---------------- attacks ----------------
 
 
-def stopped(code: str, timeout: float = 1.0) -> str:
+def why_stopped(code: str, timeout: float = 1.0) -> str:
     """The verdict's word for code that must not pass."""
     verdict = sandbox.run(code, SQUARE, timeout=timeout, memory_mb=512)
     assert not verdict.passed, verdict
@@ -163,21 +179,21 @@ def test_forgeries_and_bombs_are_stopped(name):
     if name not in ("parser bomb", "unary bomb"):
         assert ast.parse(code)  # an attack with a typo proves nothing
     if name in cases.ENDLESS:
-        assert stopped(code, timeout=0.3) == "timeout"
+        assert why_stopped(code, timeout=0.3) == "timeout"
     else:
-        stopped(code)
+        assert why_stopped(code)
 
 
 @pytest.mark.parametrize("name", cases.ATTEMPTS)
 def test_forbidden_acts_are_refused(name, nothing_left_behind):
     code = cases.if_done(cases.ATTEMPTS[name], canary=str(nothing_left_behind))
-    assert stopped(code) != "syntax"
+    assert why_stopped(code) != "syntax"
 
 
 @only_x86_64
 @pytest.mark.parametrize("name", cases.SYSCALLS)
 def test_raw_system_calls_are_refused(name):
-    assert stopped(cases.syscall(*cases.SYSCALLS[name])) != "syntax"
+    assert why_stopped(cases.syscall(*cases.SYSCALLS[name])) != "syntax"
 
 
 @only_x86_64
@@ -185,7 +201,7 @@ def test_raw_system_calls_are_refused(name):
 def test_foreign_abis_are_killed(code):
     # the same call by the native ABI works: the probe itself is sound
     assert sandbox.run(cases.machine_code(cases.GETPID), SQUARE).passed
-    assert stopped(cases.machine_code(code)) == "crashed"
+    assert why_stopped(cases.machine_code(code)) == "crashed"
 
 
 UNSEALED = """
@@ -354,9 +370,9 @@ assert data == [1, 2]
 """
     }
     assert sandbox.run("def f(v): return [2 * x for x in v]", tests).passed
-    # otherwise the expected value would be emptied, too
+    # if the tests' own list were emptied, so would be the expected value
     assert sandbox.run("def f(v):\n    v.clear()\n    return []", tests).why == "assertion"
-    # honest and in place, on its copy
+    # honest code may change its copy in place
     assert sandbox.run("def f(v):\n    v[:] = [2 * x for x in v]\n    return v", tests).passed
 
 
@@ -440,7 +456,7 @@ def test_large_input_and_output():
 
 def test_humaneval_canonical_solutions_pass():
     jobs = [(row["solution"], row["tests"]) for row in humaneval_rows()]
-    verdicts = sandbox.run_many(jobs)
+    verdicts = run_many(jobs)
     assert len(verdicts) == 164
     assert all(verdict.passed for verdict in verdicts)
 
@@ -456,7 +472,7 @@ class Any:
 def test_humaneval_broken_solutions_never_pass():
     jobs = []
     for row in humaneval_rows():
-        head = row["prompt"].split("```python\n")[1].split("```")[0]
+        signature = row["prompt"].split("```python\n")[1].split("```")[0]
         for body in (
             "return None",
             "pass",
@@ -466,9 +482,9 @@ def test_humaneval_broken_solutions_never_pass():
             "raise StopIteration",
             "return Any()",
         ):
-            before = ALWAYS_EQUAL if "Any" in body else ""
-            jobs.append((f"{before}{head}    {body}\n", row["tests"], 2.0))
-    assert not any(verdict.passed for verdict in sandbox.run_many(jobs))
+            class_any = ALWAYS_EQUAL if "Any" in body else ""
+            jobs.append((f"{class_any}{signature}    {body}\n", row["tests"], 2.0))
+    assert not any(verdict.passed for verdict in run_many(jobs))
 
 
 SWAPPED = {
@@ -482,13 +498,17 @@ SWAPPED = {
 
 
 class Mutate(ast.NodeTransformer):
-    """Changes the place-th place: a constant off by one, a comparison swapped, a return dropped."""
+    """Change one place of a program: add 1 to a constant, swap a comparison, or drop a return.
+
+    place: its number, from 0. −1 changes nothing.
+    """
 
     def __init__(self, place: int):
         self.place = place
         self.count = 0  # places seen so far
 
     def is_place(self) -> bool:
+        """Count one more place. Is it the one to change?"""
         self.count += 1
         return self.count - 1 == self.place
 
@@ -519,17 +539,18 @@ def test_mutated_canonical_solutions_are_mostly_caught(capsys):
             mutant = Mutate(place).visit(ast.parse(row["solution"]))
             code = ast.unparse(ast.fix_missing_locations(mutant))
             jobs.append((code, row["tests"], 1.0))
-    caught = sum(not verdict.passed for verdict in sandbox.run_many(jobs)) / len(jobs)
+    share_caught = sum(not verdict.passed for verdict in run_many(jobs)) / len(jobs)
     with capsys.disabled():
-        print(f"[{len(jobs)} mutants of HumanEval's solutions, {caught:.1%} caught]", end=" ")
-    # what is left is the tests' weakness: equivalent mutants and inputs that are not tried
-    assert caught > 0.8
+        print(f"[{len(jobs)} mutants of HumanEval's solutions, {share_caught:.1%} caught]", end=" ")
+    # The others pass because of the tests: equivalent mutants, and inputs that are not tried.
+    assert share_caught > 0.8
 
 
 # ---------------- rewards ----------------
 
 
 def answer_with(code: str) -> str:
+    """A response whose answer is this code."""
     return f"<think></think><answer>{code}</answer>"
 
 
@@ -556,7 +577,7 @@ def test_rewards_use_the_sandbox_and_refuse_where_it_cannot_seal(monkeypatch):
 
 
 class Fusion(http.server.BaseHTTPRequestHandler):
-    """SandboxFusion's HTTP API, played by a server that runs the program."""
+    """A server with SandboxFusion's HTTP API. It runs the program in a plain process."""
 
     requests: list[tuple[str, dict]] = []  # (path, body)
 
@@ -595,7 +616,7 @@ class Fusion(http.server.BaseHTTPRequestHandler):
 
 
 def test_sandbox_fusion_runs_the_code_elsewhere():
-    """A server's failure is not a wrong answer."""
+    """The server decides, and its failure is not a wrong answer."""
     stdin = {"inputs": ["2\n"], "outputs": ["4\n"]}
     codes = [
         (RIGHT, SQUARE, 1.0),
@@ -641,9 +662,9 @@ def test_run_many_keeps_order_and_loops_cost_only_their_time():
             jobs.append((f"def f(x): return x * x + {i % 2}", SQUARE, 0.2))
             expected.append("assertion" if i % 2 else "passed")
     started = time.monotonic()
-    verdicts = sandbox.run_many(jobs, workers=99)
+    verdicts = run_many(jobs, workers=99)
     assert [verdict.why for verdict in verdicts] == expected
-    assert len(sandbox_workers()) <= sandbox.CORES
+    assert len(sandbox_workers()) <= CORES
     assert time.monotonic() - started < 30
 
 
@@ -678,7 +699,7 @@ def test_killing_the_trainer_leaves_no_process():
     script = TRAINER.format(root=str(ROOT))
     trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout.readline() == "ready\n"
-    # the worker, S and T
+    # three: the worker, S and T
     assert wait_until(lambda: len(descendants(trainer.pid)) == 3, 10)
     family = descendants(trainer.pid)
     trainer.kill()
@@ -692,7 +713,7 @@ def test_killing_the_trainer_leaves_no_process():
 
 def load_of_workers() -> tuple[list[int], int]:
     """([our descriptors, our descendants, the most descriptors of a worker], memory in KiB)."""
-    time.sleep(0.5)  # the last jobs' S and T give way to the next
+    time.sleep(0.5)  # by then the next S and T have replaced those of the last jobs
     workers = sandbox_workers()
     descriptors = [len(os.listdir(f"/proc/{worker.pid}/fd")) for worker in workers]
     memory = 0
@@ -714,10 +735,10 @@ def test_five_thousand_jobs_leak_nothing():
         "def f(",
     ]
     jobs = [(codes[i % 5], SQUARE) for i in range(5000)]
-    sandbox.run_many(jobs[:200])
+    run_many(jobs[:200])
     counts_before, memory_before = load_of_workers()
     started = time.monotonic()
-    verdicts = sandbox.run_many(jobs)
+    verdicts = run_many(jobs)
     print(f"[{5000 / (time.monotonic() - started):.0f} verdicts/s]", end=" ")
     assert sum(verdict.passed for verdict in verdicts) == 1000
     counts, memory = load_of_workers()
@@ -731,9 +752,9 @@ def test_five_hundred_jobs_with_a_tenth_of_infinite_loops():
     for i in range(500):
         jobs.append(("while True: pass" if i % 10 == 0 else RIGHT, SQUARE, 1.0))
     started = time.monotonic()
-    verdicts = sandbox.run_many(jobs)
+    verdicts = run_many(jobs)
     seconds = time.monotonic() - started
     assert sum(verdict.passed for verdict in verdicts) == 450
     assert sum(verdict.why == "timeout" for verdict in verdicts) == 50
-    print(f"[{seconds:.1f} s for 50 loops of 1 s on {sandbox.CORES} workers]", end=" ")
-    assert seconds < 50 / sandbox.CORES + 60
+    print(f"[{seconds:.1f} s for 50 loops of 1 s on {CORES} workers]", end=" ")
+    assert seconds < 50 / CORES + 60

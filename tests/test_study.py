@@ -91,7 +91,7 @@ def two_methods():
 
 
 def test_tuning_comes_first(two_methods):
-    runs = study.missing([], two_methods)
+    runs = study.missing_runs([], two_methods)
     joint, cgpo_runs = runs[:3], runs[3:]
     assert [(run["method"], run["seed"]) for run in joint] == [("joint GRPO", TUNING_SEED)] * 3
     assert [(run["method"], run["seed"]) for run in cgpo_runs] == [("CGPO", TUNING_SEED)] * 3
@@ -102,28 +102,28 @@ def test_a_learning_rate_is_chosen_when_all_were_tried_and_only_then_seeds_run(t
     results = tuning_results("joint GRPO", 2.5e-4)
     results += [make_result("CGPO", TUNING_SEED, rate, rate) for rate in (5e-4, 1e-3)]
     for rate in (2e-3, 4e-3, 8e-3, 1.6e-2):  # the best is the largest: on, until six are tried
-        assert study.tuning(results, "balanced", "CGPO") == (None, [rate])
-        runs = study.missing(results, two_methods)
+        assert study.choose_rate(results, "balanced", "CGPO") == (None, [rate])
+        runs = study.missing_runs(results, two_methods)
         assert [(run["method"], run["seed"], run["lr"]) for run in runs] == [
             ("CGPO", TUNING_SEED, rate),
             ("joint GRPO", 0, 2.5e-4),
             ("joint GRPO", 1, 2.5e-4),
         ]
         results.append(make_result("CGPO", TUNING_SEED, rate, rate))
-    assert study.tuning(results, "balanced", "CGPO") == (1.6e-2, [])
+    assert study.choose_rate(results, "balanced", "CGPO") == (1.6e-2, [])
 
 
 def test_rates_go_down_while_the_smallest_is_the_best():
     results = []
     for rate in METHODS["FAMO"].rates:
         results.append(make_result("FAMO", TUNING_SEED, rate, 1 - rate))
-    assert study.tuning(results, "balanced", "FAMO") == (None, [1.25e-4])
+    assert study.choose_rate(results, "balanced", "FAMO") == (None, [1.25e-4])
 
 
 def test_finished_runs_are_not_done_again(two_methods):
     results = tuning_results("joint GRPO", 2.5e-4) + tuning_results("CGPO", 2e-3)
     results.append(make_result("CGPO", 0, 2e-3, 0.8))
-    runs = study.missing(results, two_methods)
+    runs = study.missing_runs(results, two_methods)
     assert [(run["method"], run["seed"]) for run in runs] == [
         ("joint GRPO", 0),
         ("joint GRPO", 1),
@@ -149,11 +149,11 @@ def test_the_report_pairs_by_seed_and_leaves_tuning_and_other_rates_out(write_re
             cells_of[cells[0]] = cells
     joint, cgpo_cells = cells_of["joint GRPO"], cells_of["CGPO"]
     assert joint[1:6] == ["3", "0.0005", "0.80 ± 0.06", "0.80 ± 0.06", "0.800 ± 0.058"]
-    gaps = np.array([0.02, 0.03, 0.03])
-    error = gaps.std(ddof=1) / 3**0.5
+    differences = np.array([0.02, 0.03, 0.03])
+    error = differences.std(ddof=1) / 3**0.5
     assert cgpo_cells[2] == "0.002"
     assert cgpo_cells[6] == f"+0.027 ± {error:.3f}"
-    assert cgpo_cells[7] == f"{study.evaluation.p_value(gaps):.2g}*"
+    assert cgpo_cells[7] == f"{study.evaluation.p_value(differences):.2g}*"
     assert len(joint) == len(cgpo_cells) == 11
     assert study.FIGURE.stat().st_size > 10_000
     assert "imbalanced" not in text
@@ -183,7 +183,9 @@ class Stopped(Exception):
 
 
 def prompts_of(rows):
-    return [{row["prompt"] for row in part} for part in rows]
+    """The prompts of (training rows, held-out rows), as two sets."""
+    training_rows, held_out_rows = rows
+    return {row["prompt"] for row in training_rows}, {row["prompt"] for row in held_out_rows}
 
 
 def test_a_real_run_reports_prompts_that_no_run_trains_on(toy, monkeypatch, capfd):
