@@ -35,7 +35,7 @@ from transformers import (
 
 import grpo
 import rewards
-from checkers import servers, third_party
+from checkers import servers
 from common import engines, ranks
 from common.errors import UserError
 from common.files import write_jsonl
@@ -547,7 +547,7 @@ def test_a_real_vllm_serve_answers_as_verifier_judge_and_critic(vllm_server, tmp
     def critic_prompts(row, response):  # inspect-evals, which has the real ones, may be missing
         return [f"{criterion}: {response}" for criterion in row["checklist"]]
 
-    monkeypatch.setattr(third_party, "critic_prompts", critic_prompts)
+    monkeypatch.setattr(rewards, "critic_prompts", critic_prompts)
     checklist = {"checker": "critic", "checklist": [{"name": "tone"}] * 5, "reference": ""}
     critic_rows = [row | {"domain": "writing"} | checklist for row in rows[:2]]
     criticised = rewards.score(responses[:2], critic_rows, judge_url=vllm_server)
