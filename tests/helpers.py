@@ -37,6 +37,18 @@ def run(script: str, *flags, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
 
 
+def run_and_kill(at: str, script: str, *flags, **options) -> None:
+    """Run a script, and kill -9 it when it prints a line that begins with `at`."""
+    command = [sys.executable, script, *strings(*flags)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, **options)
+    for line in process.stdout:
+        if line.startswith(at):
+            break
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
 def torchrun(count: int, *command, **options) -> subprocess.CompletedProcess:
     """Run a script of the repository on `count` ranks of one thread each."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]

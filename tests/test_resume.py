@@ -4,8 +4,6 @@ import functools
 import json
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,8 +13,16 @@ import eval as evaluation
 import grpo
 from common import checkpoints
 from common.files import write_jsonl
-from conftest import ROOT
-from helpers import ALGORITHMS, SHORT, assert_same_run, fails, metrics, run, strings
+from helpers import (
+    ALGORITHMS,
+    SHORT,
+    assert_same_run,
+    fails,
+    metrics,
+    run,
+    run_and_kill,
+    strings,
+)
 from sources.toy import toy_rows
 
 # Every file's loop is the same: one file without a state, and the one with the largest.
@@ -40,14 +46,7 @@ def whole_run(toy, tmp_path_factory):
 @pytest.mark.parametrize("name", KILLED)
 def test_kill_9_mid_run_then_resume_repeats_the_numbers(name, whole_run, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, f"{name}.py", *strings(*SHORT), "--out", str(out)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step    5"):
-            break
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    run_and_kill("step    5", f"{name}.py", *SHORT, "--out", out)
     assert len(metrics(out)) < 8
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "los')  # a line cut by the kill

@@ -40,7 +40,17 @@ from common import engines, ranks
 from common.errors import UserError
 from common.files import write_jsonl
 from conftest import CHAT_TEMPLATE, ROOT
-from helpers import ALGORITHMS, SHORT, mean_accuracy, metrics, read_samples, run, strings, torchrun
+from helpers import (
+    ALGORITHMS,
+    SHORT,
+    mean_accuracy,
+    metrics,
+    read_samples,
+    run,
+    run_and_kill,
+    strings,
+    torchrun,
+)
 from sources.toy import toy_rows, toy_tokenizer
 
 pytestmark = [
@@ -342,19 +352,8 @@ def test_two_ranks_with_an_engine_each(toy, tmp_path):
 def test_kill_9_and_resume_repeat_the_rows_and_the_seeds(toy, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert run("cgpo.py", *SHORT, *ENGINE, "--out", whole).returncode == 0
-    process = subprocess.Popen(
-        strings(sys.executable, "cgpo.py", *SHORT, *ENGINE, "--out", out),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("step    5"):
-            break
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    flags = (*SHORT, *ENGINE, "--out", out)
+    run_and_kill("step    5", "cgpo.py", *flags, stderr=subprocess.DEVNULL)
     done = run("cgpo.py", *SHORT, *ENGINE, "--out", out, "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resumed after step 4" in done.stdout
