@@ -153,6 +153,48 @@ def encode_prompts(
     return encoded
 
 
+# What a response's format and its tool calls are made of.
+TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>")
+
+
+def response_texts(rows: list[dict], responses: list[list[int]], tokenizer) -> list[str]:
+    """The text of each response, with what the chat template has already written of it.
+
+    responses: token ids; responses[i] answers rows[i]. Special tokens, such as the one that ends a
+    turn, are left out, but not those of TAGS: some tokenizers have <think> as a special token.
+    """
+    silent = silent_ids(tokenizer)
+    texts = []
+    for row, tokens in zip(rows, responses, strict=True):
+        heard = [token for token in tokens if token not in silent]
+        texts.append(row["opened"] + tokenizer.decode(heard))
+    return texts
+
+
+def silent_ids(tokenizer) -> set[int]:
+    """The ids of the special tokens that are no part of a response's text."""
+    special = set(tokenizer.all_special_ids)
+    for i, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            special.add(i)
+    return {i for i in special if tokenizer.convert_ids_to_tokens(i) not in TAGS}
+
+
+def tags_text(tokenizer) -> str:
+    """How the tokenizer writes the tags of the format, for the opening of a run."""
+    texts = []
+    for tag in TAGS[:4]:
+        ids = tokenizer(tag, add_special_tokens=False).input_ids
+        kept = tokenizer.decode(ids, skip_special_tokens=True) != tag
+        if len(ids) == 1 and kept:
+            texts.append(f"{tag} a special token (kept)")
+        elif tokenizer.decode(ids) != tag:
+            texts.append(f"{tag} cannot be written")
+        else:
+            texts.append(f"{tag} {len(ids)} token(s)")
+    return ", ".join(texts)
+
+
 def to_messages(row: dict) -> list[dict]:
     """The prompt as a list of {"role", "content"}."""
     if isinstance(row["prompt"], str):

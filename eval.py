@@ -12,11 +12,14 @@ responses to read), scores.json and args.json. The same command continues an eva
 stopped.
 
     Avg@K  = mean over prompts of the share of right responses among K, with its standard error
-             over prompts (WritingBench: of the mean score / 10 instead of the share)
+             over prompts (WritingBench: of the mean score / 10 instead of the share) and a 95 %
+             interval (Wilson's, for as many trials as prompts: see interval())
     pass@k = 1 − C(n − c, k) / C(n, k) for c right responses of n        (Chen et al. 2021)
 
-A response whose verifier failed is left out of both and counted apart. If the verifier failed on
-all responses of a prompt, the same command samples and scores that prompt again.
+A response without a verdict (its verifier failed) is unknown: it is left out of both and counted
+apart. A prompt with fewer than k verdicts is left out of pass@k, and the table says over how many
+prompts pass@k is. If all responses of a prompt are unknown, the same command samples and scores
+that prompt again.
 
 With --benchmarks a response without <think> counts as all answer (--reward-scheme lenient).
 Otherwise the format of training is required (--reward-scheme cgpo).
@@ -25,6 +28,7 @@ Otherwise the format of training is required (--reward-scheme cgpo).
 import collections
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 
@@ -47,8 +51,16 @@ from common.cli import (
 )
 from common.engines import canary_ids, open_engine
 from common.errors import UserError
-from common.files import append_jsonl, read_jsonl, write_jsonl, write_text
+from common.files import (
+    append_jsonl,
+    check_output_file,
+    check_output_folder,
+    read_jsonl,
+    write_jsonl,
+    write_text,
+)
 from common.keys import hash_of
+from common.reports import unknown_text
 from common.rows import DOMAINS, prompt_text
 from common.runs import changed_flags, comparable
 from sources import benchmarks
@@ -114,6 +126,9 @@ def parse_args(argv: list[str] | None = None):
         parser.error("--data or --benchmarks, and --out are needed, or --compare alone")
     if not args.reward_scheme:
         args.reward_scheme = "lenient" if args.benchmarks else "cgpo"
+    for name in args.benchmarks:
+        if name not in benchmarks.NAMES:
+            parser.error(f"--benchmarks {name}: not one of {' '.join(benchmarks.NAMES)}")
     args.source = parse_sources(parser, args)
     if not args.temperature and args.k > 1:
         parser.error(
@@ -214,7 +229,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     if args.compare:
         print(compare(args.compare))
         return None
-    check_rated(args.rated)
+    check_outputs(args.out, args.rated)
 
     # 1. rows, model, engine
     rows = load_evaluation_rows(args)
@@ -238,18 +253,13 @@ def main(argv: list[str] | None = None) -> Path | None:
     items = in_order_of(encoded, finished + answered)
     pass_k = args.pass_at or args.k
     scores = summarise(items, pass_k)
-    for group in sorted({item["group"] for item in items} - scores.keys()):
-        print(
-            f"{group}: the verifier failed on every response, so there is no score; the same "
-            "command tries again"
-        )
     if ranks.is_first():
         write_jsonl(out / "items.jsonl", items)
         write_text(out / "scores.json", json.dumps(scores, indent=1))
         write_text(out / "samples.txt", samples_text(items))
         if args.rated:
             write_rated(Path(args.rated), rows, items)
-    print(table(scores, args.k, pass_k))
+    print_results(scores, items, args.k, pass_k)
     print(out)
     return out
 
@@ -262,6 +272,19 @@ def print_opening(args, engine: str, waiting: list[dict], done: int, total: int)
     )
     if not args.verifier_url and any(row["domain"] == "science" for row in waiting):
         print("science without --verifier-url: letters, numbers and normalised texts are compared")
+
+
+def print_results(scores: dict, items: list[dict], k: int, pass_k: int) -> None:
+    """Print the table, the groups without a score, and a warning if many verdicts are unknown."""
+    print(table(scores, k, pass_k))
+    for group in sorted({item["group"] for item in items} - scores.keys()):
+        print(
+            f"{group}: the verifier failed on every response, so there is no score; the same "
+            "command tries again"
+        )
+    warning = unknown_text(unknown_counts(items), len(items) * k)
+    if warning:
+        print(warning)
 
 
 def answer_rows(
@@ -337,7 +360,10 @@ def load_evaluation_rows(args) -> list[dict]:
     """
     rows = load_rows(args.data, args.domains, args.seed) if args.data else []
     for name in dict.fromkeys(args.benchmarks):
-        for row in benchmarks.rows_of(name, args.source):
+        benchmark_rows = benchmarks.rows_of(name, args.source)
+        if not benchmark_rows:
+            raise UserError(f"--benchmarks {name}: it has no rows (with --source: see that file)")
+        for row in benchmark_rows:
             if not args.domains or row["domain"] in args.domains:
                 rows.append(row)
     if not rows:
@@ -348,6 +374,11 @@ def load_evaluation_rows(args) -> list[dict]:
     rewards.check_rows(rows, args.judge_url, args.sandbox_url)
     if args.held_out:
         _, rows = data.hold_out(rows, args.held_out)
+        if not rows:
+            raise UserError(
+                f"--held-out {args.held_out}: training holds out at most a quarter of a domain's "
+                "prompts, and no domain has four: leave out --held-out"
+            )
     return rows
 
 
@@ -403,10 +434,15 @@ def open_sampler(name: str, policy, rows: list[dict], args) -> str:
 # ---------------- the folder ----------------
 
 
-def check_rated(path: str) -> None:
-    """Raise UserError if --rated cannot be written, before anything large is loaded."""
-    if path and (Path(path).exists() or not Path(path).parent.is_dir()):
-        raise UserError(f"--rated {path}: it exists, or its folder does not: choose another")
+def check_outputs(out: str, rated: str) -> None:
+    """Raise UserError if --out or --rated cannot be written, before anything large is loaded."""
+    check_output_folder("--out", out)
+    if not rated:
+        return
+    check_output_file("--rated", rated, may_exist=False)
+    folder = Path(out).resolve()
+    if Path(rated).resolve() in (folder, *folder.parents):
+        raise UserError(f"--rated {rated}: it is the folder of --out: choose another file")
 
 
 def weights_version(name: str) -> str:
@@ -516,13 +552,48 @@ def p_value(differences) -> float:
     return float(mpmath.betainc((n - 1) / 2, 0.5, 0, x, regularized=True))
 
 
-def pass_at(n: int, c: int, k: int) -> float:
+def pass_at(n: int, c: int, k: int) -> float | None:
     """The chance that a right one is among k of n responses, c of which are right.
 
-    k above n counts as n. Chen et al. 2021, equation 1.
+    None if k is above n: fewer responses than k say nothing of k. Chen et al. 2021, equation 1.
     """
-    k = min(k, n)
+    if k > n:
+        return None
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+# The quantile of the normal distribution that leaves 2.5 % on either side: 1.96.
+Z_95 = statistics.NormalDist().inv_cdf(0.975)
+
+
+def interval(accuracy: float, prompts: int) -> list[float]:
+    """[low, high]: the 95 % interval of a mean accuracy over prompts (Wilson 1927).
+
+    The prompts are the trials, whatever K is, because the responses to a prompt are alike. For
+    K = 1 this is Wilson's interval exactly. Otherwise it is on the safe side: no value in [0, 1]
+    with mean p (a share of right responses, a critic's score) varies more than a trial that is
+    right with probability p. Unlike the standard error it is not 0 where all prompts are right.
+    """
+    square = Z_95**2 / prompts
+    centre = (accuracy + square / 2) / (1 + square)
+    variance = accuracy * (1 - accuracy) / prompts + square / prompts / 4
+    half = Z_95 * variance**0.5 / (1 + square)
+    # At 0 and at 1 a bound is the accuracy itself, but for rounding.
+    return [max(0.0, min(accuracy, centre - half)), min(1.0, max(accuracy, centre + half))]
+
+
+def interval_of_mean(groups: list[dict]) -> list[float]:
+    """[low, high]: the 95 % interval of the mean of groups' accuracies.
+
+    groups: values of score_group(). The distances of the groups' bounds from their accuracies are
+    added as errors are, in squares, on each side by itself (Newcombe 1998).
+    """
+    accuracy = np.mean([group["accuracy"] for group in groups])
+    below = [group["accuracy"] - group["interval"][0] for group in groups]
+    above = [group["interval"][1] - group["accuracy"] for group in groups]
+    low = accuracy - np.linalg.norm(below) / len(groups)
+    high = accuracy + np.linalg.norm(above) / len(groups)
+    return [max(0.0, float(low)), min(1.0, float(high))]
 
 
 def group_names(items: list[dict]) -> list[str]:
@@ -537,11 +608,11 @@ def group_of(item: dict) -> str:
     return item.get("group", item["domain"])
 
 
-def summarise(items: list[dict], k: int = 1 << 30) -> dict:
-    """{domain or benchmark: score_group()}, and "mean": {"accuracy", "error"} of their mean.
+def summarise(items: list[dict], k: int | None = None) -> dict:
+    """{domain or benchmark: score_group()}, and "mean": {"accuracy", "error", "interval"}.
 
-    A group is left out if none of its prompts could be scored. k: that of pass@k; default: all
-    responses.
+    "mean" is over the groups. A group is left out if none of its prompts could be scored.
+    k: that of pass@k; default: all responses of a prompt.
     """
     scores = {}
     for name in group_names(items):
@@ -555,41 +626,67 @@ def summarise(items: list[dict], k: int = 1 << 30) -> dict:
     if None not in errors:
         error = float(np.sum(np.square(errors)) ** 0.5 / len(errors))
     accuracy = float(np.mean([values["accuracy"] for values in scores.values()]))
-    scores["mean"] = {"accuracy": accuracy, "error": error}
+    bounds = interval_of_mean(list(scores.values()))
+    scores["mean"] = {"accuracy": accuracy, "error": error, "interval": bounds}
     return scores
 
 
-def score_group(items: list[dict], k: int) -> dict:
+def score_group(items: list[dict], k: int | None) -> dict:
     """The scores of one domain or benchmark, at least one of whose prompts could be scored.
 
-    accuracy            Avg@K
+    accuracy            Avg@K, over the scored prompts
     error               its standard error over prompts; None for one prompt
-    pass                pass@k
+    interval            its 95 % interval: [low, high]
+    pass                pass@k; None if no prompt has k verdicts
+    pass_prompts        number of prompts that pass@k is over: those with k verdicts or more
     tokens              mean per response
     truncated, invalid  shares of the responses
-    verifier_errors     number of responses whose verifier failed
+    verifier_errors     number of responses without a verdict (unknown)
+    scored              number of prompts with a verdict
     prompts             number of prompts
     """
-    scored = [item for item in items if item["accuracy"] is not None]
-    accuracies = [item["accuracy"] for item in scored]
-    passes = []
-    for item in scored:
-        is_correct = []
-        for response in item["responses"]:
-            if response["reward"] is not None:
-                is_correct.append(response["correct"])
-        passes.append(pass_at(len(is_correct), sum(is_correct), k))
+    accuracies = [item["accuracy"] for item in items if item["accuracy"] is not None]
+    accuracy = float(np.mean(accuracies))
+    passes = prompt_passes(items, k)
     responses = [response for item in items for response in item["responses"]]
     return {
-        "accuracy": float(np.mean(accuracies)),
+        "accuracy": accuracy,
         "error": standard_error(accuracies),
-        "pass": float(np.mean(passes)),
+        "interval": interval(accuracy, len(accuracies)),
+        "pass": float(np.mean(passes)) if passes else None,
+        "pass_prompts": len(passes),
         "tokens": float(np.mean([response["tokens"] for response in responses])),
         "truncated": float(np.mean([response["truncated"] for response in responses])),
         "invalid": float(np.mean([not response["valid"] for response in responses])),
         "verifier_errors": sum(response["reward"] is None for response in responses),
+        "scored": len(accuracies),
         "prompts": len(items),
     }
+
+
+def prompt_passes(items: list[dict], k: int | None) -> list[float]:
+    """pass@k of each prompt that has k verdicts or more. k None: as many as it has responses."""
+    passes = []
+    for item in items:
+        is_correct = []
+        for response in item["responses"]:
+            if response["reward"] is not None:
+                is_correct.append(response["correct"])
+        needed = len(item["responses"]) if k is None else k
+        chance = pass_at(len(is_correct), sum(is_correct), needed)
+        if chance is not None:
+            passes.append(chance)
+    return passes
+
+
+def unknown_counts(items: list[dict]) -> dict[str, int]:
+    """{domain or benchmark: number of responses without a verdict}, where there are any."""
+    counts = collections.Counter()
+    for item in items:
+        for response in item["responses"]:
+            if response["reward"] is None:
+                counts[group_of(item)] += 1
+    return counts
 
 
 def with_error(value: float, error: float | None, sign: str = "") -> str:
@@ -597,22 +694,40 @@ def with_error(value: float, error: float | None, sign: str = "") -> str:
     return f"{value:{sign}.3f} ± " + ("–" if error is None else f"{error:.3f}")
 
 
+def with_interval(bounds: list[float]) -> str:
+    """Text such as "[0.867, 1.000]"."""
+    return f"[{bounds[0]:.3f}, {bounds[1]:.3f}]"
+
+
 def table(scores: dict, k: int, pass_k: int) -> str:
-    """What the evaluation prints: a row per domain or benchmark."""
+    """What the evaluation prints: a row per domain or benchmark.
+
+    The number in brackets after pass@k is that of the prompts it is over. The last column is the
+    number of scored prompts of all prompts.
+    """
     width = max(len(name) for name in ("domain", *scores))
     lines = [
-        f"{'':<{width}}  Avg@{k:<3}         pass@{pass_k:<3}  tokens  truncated  invalid  "
-        "verifier errors  prompts"
+        f"{'':<{width}}  {f'Avg@{k}':<13}  95 % interval   {f'pass@{pass_k} (prompts)':<18}  "
+        "tokens  truncated  invalid  unknown  prompts"
     ]
     for name, values in scores.items():
-        line = f"{name:<{width}}  {with_error(values['accuracy'], values['error']):<13}"
+        accuracy = with_error(values["accuracy"], values["error"])
+        line = f"{name:<{width}}  {accuracy:<13}  {with_interval(values['interval'])}"
         if name != "mean":
-            line += (
-                f"   {values['pass']:.3f}     {values['tokens']:6.1f}  {values['truncated']:9.1%}  "
-                f"{values['invalid']:7.1%}  {values['verifier_errors']:15d}  {values['prompts']:7d}"
-            )
+            line += other_cells(values)
         lines.append(line)
     return "\n".join(lines)
+
+
+def other_cells(values: dict) -> str:
+    """The cells of a row of table() that its mean does not have. values: of score_group()."""
+    chance = "–" if values["pass"] is None else f"{values['pass']:.3f}"
+    passes = f"{chance} ({values['pass_prompts']})"
+    prompts = f"{values['scored']}/{values['prompts']}"
+    return (
+        f"  {passes:<18}  {values['tokens']:6.1f}  {values['truncated']:9.1%}  "
+        f"{values['invalid']:7.1%}  {values['verifier_errors']:7d}  {prompts:>7}"
+    )
 
 
 # ---------------- finished evaluations side by side ----------------
@@ -631,11 +746,12 @@ def read_items(folder) -> list[dict]:
     return read_jsonl(path)
 
 
-def same_prompts(folders: list[str]) -> tuple[dict[str, dict], set[str]]:
+def same_prompts(folders: list[str]) -> tuple[dict[str, dict], list[str]]:
     """({folder: {prompt's id: accuracy}}, ids of the prompts that have an accuracy in all folders).
 
-    Raises UserError for an unfinished evaluation, for different prompts, and for a folder that is
-    named twice.
+    The ids are in the order of the first folder's prompts, so a sum over them is always the same.
+    Raises UserError for an unfinished evaluation, for different prompts, for a folder that is named
+    twice, and if no prompt has an accuracy in all folders.
     """
     prompts = {}
     accuracy = {}
@@ -652,10 +768,12 @@ def same_prompts(folders: list[str]) -> tuple[dict[str, dict], set[str]]:
             "these evaluations are not of the same prompts, or one is named twice: "
             f"{' '.join(folders)} ({counts} prompts)"
         )
-    scored = set()
+    scored = []
     for prompt_id in first_prompts:
         if all(accuracy[folder][prompt_id] is not None for folder in folders):
-            scored.add(prompt_id)
+            scored.append(prompt_id)
+    if not scored:
+        raise UserError(f"no prompt has an accuracy in all of {' '.join(folders)}")
     return accuracy, scored
 
 
@@ -673,29 +791,21 @@ def check_finished(folder: str, items: list[dict]) -> None:
 
 
 def compare(folders: list[str]) -> str:
-    """A markdown table with one column per model; the highest value of a row is bold.
+    """A markdown table with one column per model, and one of the accuracies' 95 % intervals.
 
-    Below it, for each further model: the mean difference from the first one over the same prompts,
-    its standard error, and the p of a paired t-test. Raises UserError as same_prompts() does.
+    Below them, for each further model: the mean difference from the first one over the same
+    prompts, its standard error, and the p of a paired t-test. Raises UserError as same_prompts()
+    does.
     """
     accuracy, scored_ids = same_prompts(folders)
+    kept = set(scored_ids)
     scores_of_models = []
     for folder in folders:
-        items = [item for item in read_items(folder) if item["id"] in scored_ids]
+        items = [item for item in read_items(folder) if item["id"] in kept]
         scores_of_models.append(summarise(items))
     names = [Path(folder).name for folder in folders]
-
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for group in scores_of_models[0]:
-        group_scores = [scores[group] for scores in scores_of_models]
-        # compared as they are shown: with three digits
-        best = max(round(values["accuracy"], 3) for values in group_scores)
-        cells = []
-        for values in group_scores:
-            cell = with_error(values["accuracy"], values["error"])
-            is_best = round(values["accuracy"], 3) == best
-            cells.append(f"**{cell}**" if is_best else cell)
-        lines.append(f"| {group} | " + " | ".join(cells) + " |")
+    lines = markdown_table("", names, scores_of_models, accuracy_cells)
+    lines += ["", *markdown_table("95 % interval", names, scores_of_models, interval_cells)]
 
     first_accuracy = accuracy[folders[0]]
     for name, folder in zip(names[1:], folders[1:]):
@@ -704,6 +814,35 @@ def compare(folders: list[str]) -> str:
         mean = with_error(np.mean(differences), standard_error(differences), "+")
         lines.append(f"\n{name} − {names[0]}, over all {len(scored_ids)} prompts: {mean} (p {p})")
     return "\n".join(lines)
+
+
+def markdown_table(title: str, names: list[str], scores_of_models: list[dict], cells_of) -> list:
+    """The lines of a table with a row per domain or benchmark and a column per model.
+
+    cells_of: the models' scores in one domain or benchmark → the row's cells.
+    """
+    lines = [f"| {title} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for group in scores_of_models[0]:
+        cells = cells_of([scores[group] for scores in scores_of_models])
+        lines.append(f"| {group} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def accuracy_cells(group_scores: list[dict]) -> list[str]:
+    """The models' accuracies with their standard errors; the highest is bold."""
+    # compared as they are shown: with three digits
+    best = max(round(values["accuracy"], 3) for values in group_scores)
+    cells = []
+    for values in group_scores:
+        cell = with_error(values["accuracy"], values["error"])
+        is_best = round(values["accuracy"], 3) == best
+        cells.append(f"**{cell}**" if is_best else cell)
+    return cells
+
+
+def interval_cells(group_scores: list[dict]) -> list[str]:
+    """The models' intervals."""
+    return [with_interval(values["interval"]) for values in group_scores]
 
 
 if __name__ == "__main__":

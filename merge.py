@@ -44,7 +44,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.cli import Parser, add_flags, fraction, number, run_main, share
 from common.errors import UserError
-from common.files import write_text
+from common.files import check_output_folder, write_text
 from common.keys import rng
 from common.models import from_pretrained
 from sources.models import resolve_model
@@ -785,6 +785,7 @@ def main(argv: list[str] | None = None) -> Path:
     if args.threads:
         torch.set_num_threads(args.threads)
     started = time.perf_counter()
+    check_output_folder("--out", args.out)
     out = Path(args.out)
     base = Checkpoint(args.base)
     experts = [Checkpoint(name) for name in args.experts]

@@ -219,6 +219,7 @@ def train(run: Run, look=None) -> Path:
             policy, tokenizer, rows, args.group_size, key, args.temperature, args
         )
         rewards.stop_if_down(columns)  # an error if a reward server answers nothing at all
+        reports.warn_if_unknown(columns)
 
         # 2. The log-probs of every sampled token under π_old and π_ref, before any update. (The
         #    sampler's own may differ a little: w corrects for that.)
@@ -542,10 +543,7 @@ def rollout(
 
     # c. Each text is scored as its row's domain says.
     t2 = time.perf_counter()
-    texts_B = []
-    for row, tokens in zip(rows_B, tokens_B):
-        # "opened": what the chat template has already written of the response, such as <think>
-        texts_B.append(row["opened"] + tokenizer.decode(tokens, skip_special_tokens=True))
+    texts_B = data.response_texts(rows_B, tokens_B, tokenizer)
 
     def count_tokens(text: str) -> int:  # some rewards depend on an answer's length
         return len(tokenizer(text, add_special_tokens=False).input_ids)
@@ -889,11 +887,11 @@ def setup(args, rows: tuple[list[dict], list[dict]] | None = None) -> Run:
     """
     if args.threads:
         torch.set_num_threads(args.threads)
-    name = resolve_model(args.model)
     ranks.start()
     runs.open_run(args, ALGORITHM, write=False)  # fail early if the folder is taken
 
     # The model and its rows.
+    name = resolve_model(args.model)
     tokenizer, policy = load_policy(name, args.dtype)
     policy.temperature = args.temperature
     context = getattr(policy.model.config, "max_position_embeddings", 1 << 30)
@@ -944,6 +942,7 @@ def setup(args, rows: tuple[list[dict], list[dict]] | None = None) -> Run:
         log=runs.RunLog(out, steps_done, args),
     )
     print(reports.opening(ALGORITHM, run, engine_text, mix, len(train_rows)))
+    print(f"tags {data.tags_text(tokenizer)}")
     return run
 
 

@@ -22,8 +22,11 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from checkers import code, ifeval, sandbox
+from checkers.calls import holds_call, normal_call, read_calls
+from checkers.latex import paired_braces
 from checkers.servers import ask_all
-from checkers.short_answers import equal_at_sight, short_answer_equal, without_variable
+from checkers.math_answers import equal_at_sight, to_symbolic
+from checkers.short_answers import short_answer_equal
 from checkers.third_party import critic_prompts, critic_score
 from checkers.workers import WORKERS, ask_workers
 from common.errors import UserError
@@ -219,9 +222,12 @@ def check_constraints(row: dict) -> list[tuple[str, dict]]:
 
 def read_answer(response: str, row: dict, scheme: str) -> tuple[str | None, str]:
     """Call extract_answer by the rules of the scheme and the row's domain."""
-    if scheme == "lenient" and "</think>" not in response:
-        if not response.lstrip().startswith("<think>"):  # a thought that was opened must be closed
-            response = f"</think>{response}"
+    if scheme == "lenient":
+        thought, closing, rest = response.rpartition("</think>")
+        # A thought may speak of its own end: the last </think> counts. One that was opened, after
+        # whatever text, must be closed.
+        if closing or "<think>" not in response:
+            response = f"</think>{rest}"
     # A box holds a short answer. Elsewhere it would hide the rest.
     is_short = "gym" in row or row["domain"] in ("math", "science")
     return extract_answer(response, strict=scheme == "cgpo", unwrap=is_short)
@@ -276,21 +282,37 @@ def extract_answer(
     return answer, ""
 
 
+BOX = re.compile(r"\\(?:boxed|fbox)[ \t]*(\{|\w)?")
+# What may stand between boxes that are one answer: \boxed{3}, \boxed{5} and \boxed{7}.
+BETWEEN_BOXES = re.compile(r"[\s,;$]{0,20}(?:and|or)?[\s,;$]{0,20}")
+
+
 def boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{…} with balanced braces; None if there is none."""
-    box_start = text.rfind("\\boxed{")
-    if box_start < 0:
-        return None
-    start = box_start + len("\\boxed{")
-    depth = 1
-    for i in range(start, len(text)):
-        if text[i] == "{":
-            depth += 1
-        elif text[i] == "}":
-            depth -= 1
-        if depth == 0:
-            return text[start:i]
-    return None
+    r"""The content of the last \boxed{…} or \fbox{…}; None if there is none with paired braces.
+
+    Boxes side by side are one answer, a list: \boxed{3}, \boxed{5} is "3, 5".
+    """
+    closing_of = paired_braces(text)
+    contents: list[str] = []
+    end = 0  # of the last box
+    for box in BOX.finditer(text):
+        start, stop = box.end(), box.end()
+        if box[1] == "{":
+            stop = closing_of.get(start - 1, -1)
+        elif box[1]:  # \boxed 3
+            start -= 1
+        else:
+            stop = -1
+        if stop < start:
+            contents = []  # it is cut off
+            continue
+        if contents and box.start() < end:  # a box in a box
+            contents.pop()
+        elif not BETWEEN_BOXES.fullmatch(text, end, box.start()):
+            contents = []
+        contents.append(text[start:stop])
+        end = max(end, stop + 1)
+    return ", ".join(contents) if contents else None
 
 
 # ---------------- math, and generated rows: compared in worker processes ----------------
@@ -304,11 +326,11 @@ def check_math(answers, rows, options) -> list[Verdict]:
     verdicts: list[Verdict | None] = [None] * len(rows)
     to_compare, jobs = [], []
     for i, (answer, row) in enumerate(zip(answers, rows)):
-        answer = without_variable(answer, row["answer"])
         equal = equal_at_sight(answer, row["answer"])
         if equal is None:
+            answer, reference = to_symbolic(answer, row["answer"])
             to_compare.append(i)
-            jobs.append({"check": "math", "gold": row["answer"], "answer": answer})
+            jobs.append({"check": "math", "gold": reference, "answer": answer})
         else:
             verdicts[i] = right_or_wrong(equal)
     for i, verdict in zip(to_compare, worker_verdicts(jobs)):
@@ -325,8 +347,15 @@ def check_gym(answers, rows, options) -> list[Verdict]:
 
 
 def worker_verdicts(jobs: list[dict]) -> list[Verdict]:
-    """The verdicts of worker processes. Whatever is not "right", such as a timeout, is wrong."""
-    return [Verdict(reply == "right", reply) for reply in ask_workers(jobs)]
+    """The verdicts of worker processes.
+
+    What is neither "right" nor unknown, such as an answer that takes too long, is wrong.
+    """
+    verdicts = []
+    for reply in ask_workers(jobs):
+        correct = None if reply.startswith("unknown") else reply == "right"
+        verdicts.append(Verdict(correct, reply))
+    return verdicts
 
 
 def right_or_wrong(correct: bool) -> Verdict:
@@ -582,11 +611,16 @@ def check_packaged_if(answers, rows, options) -> list[Verdict]:
 
 
 def check_agent(answers, rows, options) -> list[Verdict]:
-    """Right if the calls equal the gold calls: order, names and arguments (true is not 1)."""
+    """Right if the calls equal the gold calls: order, names and arguments (true is not 1).
+
+    Where no call is wanted, prose is right too.
+    """
     verdicts = []
     for answer, row in zip(answers, rows):
         calls = read_calls(answer)
-        gold_calls = read_calls(json.dumps(row["gold_calls"]))
+        gold_calls = [normal_call(call) for call in row["gold_calls"]]
+        if calls is None and not gold_calls and not holds_call(answer):
+            calls = []
         if calls is None:
             verdicts.append(Verdict(False, "unreadable calls", valid=False))
         else:
@@ -596,51 +630,14 @@ def check_agent(answers, rows, options) -> list[Verdict]:
     return verdicts
 
 
-def read_calls(answer: str) -> list[dict] | None:
-    """[{"name", "arguments": {…}}, …] of an answer; None if it is unreadable.
-
-    Calls stand in <tool_call> blocks, or are a JSON list or object: the whole answer, its last
-    fenced block, or the text from the first bracket to the last.
-    """
-    blocks = re.findall(r"<tool_call>(.*?)</tool_call>", answer, re.DOTALL)
-    if blocks:
-        return parse_calls(blocks)
-    text = code.extract_code(answer)
-    calls = parse_calls([text])
-    if calls is None:
-        calls = parse_calls([text[text.find("[") : text.rfind("]") + 1]])
-    return calls
-
-
-def parse_calls(texts: list[str]) -> list[dict] | None:
-    """The calls of texts with one JSON call each, or of one text with a list; None: unreadable."""
-    try:
-        calls = [json.loads(text) for text in texts]
-        if len(calls) == 1 and isinstance(calls[0], list):
-            calls = calls[0]
-        return [normal_call(call) for call in calls]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def normal_call(call: dict) -> dict:
-    """A call as {"name", "arguments": {…}}.
-
-    Its arguments may be left out, or be a JSON text, as in OpenAI's API.
-    """
-    arguments = call.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments)
-    return {"name": call["name"], "arguments": arguments}
-
-
 # ---------------- benchmarks with checkers of their own ----------------
 
 
 def check_bfcl(answers, rows, options) -> list[Verdict]:
     """Right if BFCL's AST checker (bfcl-eval) says so.
 
-    An answer without a list of calls is wrong, even if no function fits.
+    Where no function fits (categories of irrelevance), whatever holds no readable call is right, as
+    in BFCL. Elsewhere an answer without readable calls is wrong.
     """
     calls_of = [read_calls(answer) for answer in answers]
     jobs = []
@@ -657,7 +654,7 @@ def check_bfcl(answers, rows, options) -> list[Verdict]:
         )
     verdicts = worker_verdicts(jobs)
     for i, calls in enumerate(calls_of):
-        if calls is None:
+        if calls is None and "irrelevance" not in rows[i]["category"]:
             verdicts[i] = Verdict(False, "unreadable calls", valid=False)
     return verdicts
 

@@ -160,6 +160,7 @@ def main(argv: list[str] | None = None) -> str:
         return name
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("sft.py runs in one process: leave torchrun out")
+    out = runs.open_run(args, "sft", write=False)  # fail early if the folder is taken
     ranks.start()
     tokenizer, policy = load_policy(name, args.dtype)
     policy.device = ranks.device()
@@ -167,7 +168,6 @@ def main(argv: list[str] | None = None) -> str:
     context = getattr(policy.model.config, "max_position_embeddings", math.inf)
     limit = min(args.max_tokens, context)
     rows = encode_rows(args, tokenizer, limit)
-    out = runs.open_run(args, "sft", write=False)
     steps = args.steps or max(1, len(rows) // args.batch_rows)
     warmup = round(args.warmup_share * steps) or args.warmup_steps
     print(

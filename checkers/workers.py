@@ -1,10 +1,13 @@
 """Worker processes for checks that could hang on a model's text: those of checkers.third_party.
 
 `python -m checkers.workers`, run from the repository's root, reads one job per line of stdin, as
-JSON, and writes its verdict as a line of JSON. The kernel's timer kills it when a job takes longer
-than JOB_SECONDS.
+JSON, and writes its verdict as a line of JSON.
 
     {"check": "math", "gold": "\\frac12", "answer": "0.5"}   →   "right"
+
+The kernel ends a worker whose job takes more than CPU_SECONDS of computing. That is the answer's
+own fault, whatever else the machine does, so the verdict is a function of the row and the answer.
+WALL_SECONDS is a second limit for a machine that does not compute: then nobody knows the verdict.
 """
 
 import atexit
@@ -23,7 +26,8 @@ from checkers import third_party
 from common.errors import UserError
 
 WORKERS = max(1, min(8, os.cpu_count() or 2))  # processes; each holds a package of its own
-JOB_SECONDS = 5  # wall-clock limit of one job, without imports
+CPU_SECONDS = 5  # of one job, without imports
+WALL_SECONDS = 120  # of one job
 MEMORY_BYTES = 4 << 30  # of a worker's address space
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,28 +88,48 @@ def close_workers() -> None:
         idle_workers.get_nowait().close()
 
 
-def ask_worker(job: dict) -> str:
-    """The verdict of one job, by an idle worker or a new one."""
-    try:
-        worker = idle_workers.get_nowait()
-    except queue.Empty:
-        worker = Worker()
-    verdict = worker.ask(job)
-    if verdict is not None:
-        idle_workers.put(worker)
-        return verdict
+# What ended a worker → the verdict on its job.
+VERDICT_OF_SIGNAL = {
+    signal.SIGPROF: "cpu-limit",
+    signal.SIGALRM: "unknown: the machine gave the checker too little time",
+    signal.SIGSEGV: "crashed",  # a recursion in C, for example: it would happen again
+    signal.SIGABRT: "crashed",
+    signal.SIGBUS: "crashed",
+    signal.SIGFPE: "crashed",
+}
 
-    status = worker.close()
-    if status > 0:  # an exception outside the check: the checker itself is broken
-        raise UserError(
-            f"the {job['check']} checker cannot start: is its package installed? "
-            "(`python -m checkers.workers`, then a line of JSON, shows the error)"
-        )
-    return "timeout" if status == -signal.SIGALRM else "crashed"
+
+def ask_worker(job: dict) -> str:
+    """The verdict of one job, by an idle worker or a new one.
+
+    A worker that something else ended, such as a lack of memory, is replaced once.
+    """
+    for _ in range(2):
+        try:
+            worker = idle_workers.get_nowait()
+        except queue.Empty:
+            worker = Worker()
+        verdict = worker.ask(job)
+        if verdict is not None:
+            idle_workers.put(worker)
+            return verdict
+        status = worker.close()
+        if status > 0:  # an exception outside the check: the checker itself is broken
+            raise UserError(
+                f"the {job['check']} checker cannot start: is its package installed? "
+                "(`python -m checkers.workers`, then a line of JSON, shows the error)"
+            )
+        if -status in VERDICT_OF_SIGNAL:
+            return VERDICT_OF_SIGNAL[-status]
+    return "unknown: the checker's process was killed"
 
 
 def ask_workers(jobs: list[dict]) -> list[str]:
-    """Each job's verdict, in order: "right", "wrong", "timeout", "crashed" or "error: <exception>".
+    """Each job's verdict, in order.
+
+    right, wrong, or what the check returns instead
+    cpu-limit, crashed, error: <exception>            the answer cannot be digested: it is wrong
+    unknown: <reason>                                 the machine failed, not the answer
 
     At most WORKERS jobs run at a time. Raises UserError if a checker cannot start.
     """
@@ -119,8 +143,8 @@ def ask_workers(jobs: list[dict]) -> list[str]:
 def worker_loop() -> None:
     """Answer jobs until stdin ends. Imports are not timed; each job is.
 
-    The timer's signal, SIGALRM, has its default action: it ends the process at once. A Python
-    handler would run only when the interpreter comes back from a long computation.
+    The timers' signals have their default action: they end the process at once. A Python handler
+    would run only when the interpreter comes back from a long computation.
     """
     verdicts = sys.stdout
     sys.stdout = sys.stderr  # what a package prints must not be read as a verdict
@@ -129,13 +153,21 @@ def worker_loop() -> None:
         job = json.loads(line)
         import_packages, check = CHECKS[job.pop("check")]
         import_packages()
-        signal.setitimer(signal.ITIMER_REAL, JOB_SECONDS)
+        set_timers(CPU_SECONDS, WALL_SECONDS)
         try:
-            verdict = "right" if check(job) else "wrong"
+            verdict = check(job)
         except Exception as error:  # third-party code met a model's text: the answer is not right
             verdict = f"error: {type(error).__name__}"
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        set_timers(0, 0)
+        if isinstance(verdict, bool):
+            verdict = "right" if verdict else "wrong"
         print(json.dumps(verdict), file=verdicts, flush=True)
+
+
+def set_timers(cpu_seconds: float, wall_seconds: float) -> None:
+    """Have the kernel end this process after so many seconds; 0: never."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+    signal.setitimer(signal.ITIMER_REAL, wall_seconds)
 
 
 if __name__ == "__main__":

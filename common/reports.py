@@ -29,7 +29,7 @@ def domain_metrics(columns: dict) -> dict[str, float]:
     reward, accuracy    means over the scored responses
     invalid, truncated  shares of the responses
     zero_variance       share of the groups whose rewards are all equal
-    verifier_errors     number of responses whose checker failed (their reward is NaN)
+    verifier_errors     number of responses without a verdict (their reward is NaN)
     prompts             number of groups
 
     A mean without any scored response is left out.
@@ -132,6 +132,45 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+# ---------------- responses without a verdict ----------------
+
+UNKNOWN_SHARE = 0.01  # a larger share of unknown verdicts is worth a warning
+
+
+def warn_if_unknown(columns: dict) -> None:
+    """Print a warning about a batch in which more than 1 % of the rewards are unknown (NaN)."""
+    warning = unknown_warning(columns)
+    if warning:
+        print(warning, flush=True)
+
+
+def unknown_warning(columns: dict) -> str | None:
+    """A line about a batch in which more than 1 % of the rewards are unknown (NaN); else None.
+
+    columns: the batch's columns [B], of all ranks.
+    """
+    unknown = Counter()  # domain → responses
+    for domain, reward in zip(columns["domain"].tolist(), columns["reward"].tolist()):
+        if math.isnan(reward):
+            unknown[DOMAINS[domain]] += 1
+    return unknown_text(unknown, len(columns["reward"]))
+
+
+def unknown_text(unknown: dict[str, int], responses: int) -> str | None:
+    """The warning, if more than 1 % of the responses are unknown; else None.
+
+    unknown: {domain or benchmark: number of responses without a verdict}. responses: of all.
+    """
+    total = sum(unknown.values())
+    if total <= UNKNOWN_SHARE * responses:
+        return None
+    counts = ", ".join(f"{name} {count}" for name, count in unknown.items() if count)
+    return (
+        f"warning: {total} of {responses} responses ({total / responses:.1%}) have no verdict "
+        f"({counts}); they are left out"
+    )
 
 
 # ---------------- what a run prints ----------------

@@ -8,7 +8,14 @@ import torch.distributed as dist
 
 from common import ranks
 from common.errors import UserError
-from common.files import RUNS, append_jsonl, read_jsonl, write_jsonl, write_text
+from common.files import (
+    RUNS,
+    append_jsonl,
+    check_output_folder,
+    read_jsonl,
+    write_jsonl,
+    write_text,
+)
 from common.keys import hash_of
 
 # Flags that may change when a run is resumed. (With a curriculum --steps may not, because the
@@ -84,6 +91,7 @@ def default_folder(args, algorithm: str, flags: dict) -> Path:
 
 def check_folder(out: Path, flags: dict, free: set, resume: bool, algorithm: str) -> None:
     """Raise UserError if a run with these flags may not use this folder."""
+    check_output_folder("--out", str(out))
     if (out / "args.json").exists():
         old = comparable(json.loads((out / "args.json").read_text()), free)
         changes = changed_flags(old, flags)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from common.cli import Parser, add_flags, positive_int, run_main
 from common.errors import UserError
-from common.files import RUNS, write_jsonl
+from common.files import RUNS, check_output_file, write_jsonl
 from common.keys import rng
 from common.rows import DOMAINS, check_row, read_json_lines, read_rows
 from sources.packaged import gym_rows
@@ -515,8 +515,7 @@ def main(argv: list[str] | None = None) -> None:
     """Write the mixture to --out. Raises UserError."""
     args = parse_args(argv)
     out = Path(args.out)
-    if out.exists() or not out.parent.is_dir():
-        raise UserError(f"--out {out}: it exists, or its folder does not: choose another")
+    check_output_file("--out", args.out, may_exist=False)
 
     domains = args.domains or list(DOMAINS)
     if args.recipe == "gym":

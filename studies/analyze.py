@@ -21,7 +21,7 @@ from pathlib import Path
 
 from common.cli import Parser, run_main
 from common.errors import UserError
-from common.files import write_text
+from common.files import check_output_file, check_output_folder, is_stream, write_text
 from studies import curves, gains, kl, pictures, verify, weights
 
 # An analysis is a module with parse_args(parser, argv) and run(args) → (numbers, figure).
@@ -45,13 +45,27 @@ def parse_args(argv: list[str] | None = None):
     return COMMANDS[command].parse_args(parser, argv)
 
 
+def make_place(name: str) -> Path:
+    """Make the folder of --out's two files, and return OUT as a path.
+
+    Raises UserError if they cannot be written.
+    """
+    out = Path(name)
+    if is_stream(out) or not out.name:
+        raise UserError(f"--out {name}: OUT.json and OUT.png cannot be made of it: choose another")
+    check_output_folder("--out", str(out.parent))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in (".json", ".png"):
+        check_output_file("--out", f"{out}{suffix}")
+    return out
+
+
 def main(argv: list[str] | None = None) -> Path:
     """Run an analysis, write OUT.json and OUT.png, and return OUT.json's path. Raises UserError."""
     args = parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("the analyses run in one process: leave torchrun out")
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = make_place(args.out)
     numbers, figure = COMMANDS[args.what].run(args)
     pictures.save(figure, f"{out}.png")
     write_text(Path(f"{out}.json"), json.dumps(numbers, indent=1))

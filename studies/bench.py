@@ -27,7 +27,7 @@ import torch
 
 from common.cli import Parser, add_flags, positive_int, run_main
 from common.errors import UserError
-from common.files import write_text
+from common.files import check_output_file, write_text
 from common.memory import count_parameters, memory_by_part, peaks
 from studies.bench_merge import measure_merging
 from studies.bench_peer import measure_trl
@@ -284,6 +284,8 @@ def format_value(value: float | str) -> str:
 def main(argv: list[str] | None = None) -> list[dict]:
     """Measure or compute, print a table, and return its columns. Raises UserError."""
     args = parse_args(argv)
+    if args.json:
+        check_output_file("--json", args.json)
     if args.threads:
         torch.set_num_threads(args.threads)
     args.device_gb = args.device_gb or device_memory()

@@ -54,13 +54,14 @@ def run(args):
     return consistency, draw(consistency, domains)
 
 
-def ids_by_domain(items: list[dict], scored_ids: set[str]) -> dict[str, list[str]]:
+def ids_by_domain(items: list[dict], scored_ids: list[str]) -> dict[str, list[str]]:
     """{domain: sorted ids of its prompts}, in DOMAINS' order."""
+    scored = set(scored_ids)
     ids_of = {}
     for domain in DOMAINS:
         ids = []
         for item in items:
-            if item["domain"] == domain and item["id"] in scored_ids:
+            if item["domain"] == domain and item["id"] in scored:
                 ids.append(item["id"])
         if ids:
             ids_of[domain] = sorted(ids)

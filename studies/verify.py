@@ -178,10 +178,8 @@ def judge_answers(tokenizer, policy, questions: list[dict], settings) -> list[li
     responses_B = grpo.respond(policy, prompts_P, keys_P, k, settings.temperature, settings)
     replies = []
     for p, question in enumerate(questions):
-        texts = []
-        for tokens, _, _ in responses_B[p * k : (p + 1) * k]:
-            texts.append(question["opened"] + tokenizer.decode(tokens, skip_special_tokens=True))
-        replies.append(texts)
+        sampled = [tokens for tokens, _, _ in responses_B[p * k : (p + 1) * k]]
+        replies.append(data.response_texts([question] * k, sampled, tokenizer))
     return replies
 
 

@@ -384,9 +384,11 @@ class PlantedJudges:
 
         class Tokenizer:
             chat_template = None
+            all_special_ids = []
+            added_tokens_decoder = {}
 
-            def decode(self, tokens, **options):
-                return tokens
+            def decode(self, tokens):
+                return "".join(tokens)
 
         name, _, policy = self.open_model(args)
         return name, Tokenizer(), policy

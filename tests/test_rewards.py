@@ -180,8 +180,10 @@ def test_a_box_hides_nothing_where_the_whole_answer_counts():
         ("\\{1,2\\}", "\\{2,1\\}", True),
         ("3", "1, 2, 3, 4", False),
         ("3", "2 or 3", False),
-        ("3", "\\boxed{1}\\boxed{3}", True),
-        ("3", "\\boxed{3}\\boxed{1}", False),
+        ("3", "\\boxed{1}\\boxed{3}", False),
+        ("3", "\\boxed{1}, so it is \\boxed{3}", True),
+        ("3", "\\boxed{3}, so it is \\boxed{1}", False),
+        ("1, 3", "$\\boxed{1}$ and $\\boxed{3}$", True),
         ("3", "three hundred words of prose about nothing", False),
         ("3", "\\text{no answer}", False),
         ("3", "{" * 500, False),
@@ -215,7 +217,9 @@ def test_math(reference, answer, right):
         ("113.0", True),
         ("112", False),
         ("100+13", False),
-        ("100 + 13 = 113", False),
+        ("100 + 13 = 113", True),
+        ("100 + 13 = 114", False),
+        ("112 = 113", False),
         ("m = n = 113", False),
         ("113 or 114", False),
         ("x = 114", False),
@@ -227,19 +231,19 @@ def test_a_numbers_name_is_no_part_of_it(answer, right):
 
 def test_a_pathological_answer_costs_seconds_and_its_neighbours_keep_their_verdicts():
     answers = [
-        "10^{10^{10^{10}}}",
-        "\\frac{1}{2}",
+        "x^{10^{10^{10}}}",
+        "\\frac{x}{2}",
         "\\sum_{k=1}^{10^{12}} \\sin(k)!",
         "(1+x)^{99999999}",
-        "\\frac{2}{4}",
+        "\\frac{2x}{4}",
     ]
     rows = []
     for i in range(len(answers)):
-        rows.append({"id": str(i), "domain": "math", "prompt": "?", "answer": "\\frac{1}{2}"})
+        rows.append({"id": str(i), "domain": "math", "prompt": "?", "answer": "\\frac{x}{2}"})
     started = time.monotonic()
     scores = score([wrap(answer) for answer in answers], rows)
     assert [result.correct for result in scores] == [False, True, False, False, True]
-    assert "timeout" in [result.why for result in scores]
+    assert "cpu-limit" in [result.why for result in scores]
     assert time.monotonic() - started < 60  # without a time limit it would never end
 
 
@@ -867,7 +871,7 @@ def test_the_cache_is_free_for_others_while_calls_are_out(server):
 def test_workers_start_in_any_directory_and_leave_nothing_behind(tmp_path, monkeypatch):
     workers.close_workers()
     monkeypatch.chdir(tmp_path)
-    assert score_one(wrap("\\frac{2}{2}"), {"domain": "math", "answer": "1"}).correct
+    assert score_one(wrap("\\frac{4x}{2}"), {"domain": "math", "answer": "2x"}).correct
     program = "open('left-behind', 'w').write('x')\ndef add(a, b):\n    return a + b"
     score_one(wrap(program), FUNCTION)
     assert not os.path.exists("left-behind")
