@@ -22,7 +22,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from checkers import code, ifeval, sandbox
-from checkers.calls import holds_call, normal_call, read_calls
+from checkers.calls import UNREADABLE, holds_call, normal_call, read_calls
 from checkers.latex import paired_braces
 from checkers.servers import ask_all
 from checkers.math_answers import equal_at_sight, to_symbolic
@@ -176,6 +176,7 @@ def check_rows(rows: list[dict], judge_url: str, sandbox_url: str) -> None:
     for row in rows:
         check_checker_name(row)
         check_judge(row, judge_url)
+        check_gold_calls(row)
         packaged_constraints += check_constraints(row)
     ifeval.try_packaged(packaged_constraints)
 
@@ -202,6 +203,18 @@ def check_judge(row: dict, judge_url: str) -> None:
             "writing rows need --judge-url, an OpenAI-compatible server "
             "(the paper's judge is Qwen2.5-72B-Instruct)"
         )
+
+
+def check_gold_calls(row: dict) -> None:
+    """Raise UserError if one of the row's gold calls is no call that an answer could equal."""
+    for call in row.get("gold_calls", []):
+        try:
+            normal_call(call)
+        except UNREADABLE as error:
+            raise UserError(
+                f"row {row['id']}: gold call {json.dumps(call)[:200]} cannot be read ({error}): it "
+                'needs "name", and "arguments" as an object or as its JSON text'
+            ) from error
 
 
 def check_constraints(row: dict) -> list[tuple[str, dict]]:
@@ -441,7 +454,7 @@ def read_verifier(reply: str | UserError) -> Verdict:
     """
     if isinstance(reply, UserError):
         return Verdict(None, f"verifier-error: {reply}")
-    decisions = re.findall(r"Final Decision:\s*\**\s*(Yes|No)", reply, re.IGNORECASE)
+    decisions = re.findall(r"Final Decision:[\s*]*(Yes|No)", reply, re.IGNORECASE)
     if not decisions:
         return Verdict(None, f"verifier-error: no decision in {reply[-80:]!r}")
     return right_or_wrong(decisions[-1].lower() == "yes")

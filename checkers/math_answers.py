@@ -154,7 +154,7 @@ def compare_based(answer: str, reference: str) -> bool | None:
     return False
 
 
-RATIO = re.compile(r"\d+(?:\.\d+)?(?::\d+(?:\.\d+)?)+")
+RATIO = re.compile(r"\d{1,9}(?:\.\d{1,9})?(?::\d{1,9}(?:\.\d{1,9})?){1,5}")
 
 
 def compare_ratios(answer: str, reference: str) -> bool | None:

@@ -16,7 +16,9 @@ HEDGES = re.compile(
 )
 # "The final answer is: 30", "Answer - 30", "**Answer:** 30"
 ANSWER = re.compile(r"\banswers?\b", re.IGNORECASE)
-AFTER_ANSWER = re.compile(r"[\s:=*-]*(?:(?:is|are|was|equals|be|comes to|of)\b[\s:=*]*)*", re.I)
+AFTER_ANSWER = re.compile(
+    r"[\s:=*-]*(?:(?:is|are|was|equals|be|comes to|of)\b[\s:=*]{0,9}){0,3}", re.IGNORECASE
+)
 # Words before what a sentence states.
 LEAD = re.compile(
     r"(?<![A-Za-z])(?:is|are|was|were|be|equals?|equal to|get|gets|gives?|given by|obtain|have|has|"

@@ -6,6 +6,8 @@ import json
 import os
 import queue
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 
@@ -15,6 +17,7 @@ import rewards
 from checkers import code, ifeval, servers, workers
 from checkers.short_answers import option_letter
 from common.errors import UserError
+from conftest import ROOT
 from rewards import extract_answer, score
 from sources.packaged import gym_rows, humaneval_rows
 
@@ -639,6 +642,118 @@ GOLD_CALLS = [
 def test_agent(calls, reward):
     row = {"domain": "agent", "gold_calls": GOLD_CALLS}
     assert score_one(wrap(calls), row).reward == reward
+
+
+SAY = {"name": "say", "arguments": {"text": "a </tool_call> b"}}
+
+
+@pytest.mark.parametrize(
+    "answer, calls",
+    [
+        (f"<tool_call>{json.dumps(SAY)}</tool_call>", [SAY]),
+        (f"<tool_call>{json.dumps(SAY)}", [SAY]),
+        (f"<tool_call>{json.dumps(SAY)}</tool_call>\n<tool_call>{{", None),
+        (f"<tool_call>{json.dumps(SAY)}</tool_call><tool_call>{json.dumps(SAY)[:-9]}", None),
+        (f"<tool_call>{json.dumps(SAY)} and more</tool_call>", None),
+        (f"Sure: {json.dumps(SAY)}", [SAY]),
+        (f"Sure [as you like]: {json.dumps(SAY)}. Done.", [SAY]),
+        (f"{json.dumps(SAY)}\n{json.dumps(SAY)}", [SAY, SAY]),
+        (f"{json.dumps(SAY)}\n{json.dumps(SAY)[:-5]}", None),
+        ('{"name": "f", "parameters": {"x": 1}}', [{"name": "f", "arguments": {"x": 1}}]),
+        ('{"name": "f", "arguments": null}', [{"name": "f", "arguments": {}}]),
+        ('{"name": "f", "arguments": [1]}', None),
+        ('{"name": 1, "arguments": {}}', None),
+        ("say(text='a')", None),
+    ],
+)
+def test_each_call_is_read_to_its_end(answer, calls):
+    assert rewards.read_calls(answer) == calls
+
+
+def test_prose_is_right_where_no_call_is_wanted():
+    row = {"domain": "agent", "gold_calls": []}
+    assert score_one(wrap("I cannot do that."), row).correct is True
+    assert score_one(wrap('<tool_call>{"name": "f", </tool_call>'), row).correct is False
+    assert score_one(wrap(json.dumps([SAY])), row).correct is False
+
+
+def test_gold_calls_that_no_answer_can_equal_are_refused():
+    row = {"domain": "agent", "gold_calls": [{"name": "f", "arguments": "{x"}]}
+    with pytest.raises(UserError, match="gold call .* cannot be read"):
+        score_one(wrap("[]"), row)
+
+
+@pytest.mark.parametrize(
+    "response, answer",
+    [
+        ("3", "3"),
+        ("so</think>3", "3"),
+        ("<think>it ends with </think>, later.</think>3", "3"),
+        ("<think>so", None),
+        ("Well.\n<think>so", None),
+        ("\u200b<think>\\boxed{3}", None),
+        ("The answer is \\fbox{3}.", "3"),
+        ("$\\boxed 3$", "3"),
+        ("\\boxed{\\boxed{3}}", "3"),
+        ("\\boxed{3} and \\boxed{4}", "3, 4"),
+        ("\\boxed{3} is wrong, it is \\boxed{4}", "4"),
+        ("\\boxed{", "\\boxed{"),
+    ],
+)
+def test_lenient_answers(response, answer):
+    read, fault = rewards.read_answer(response, {"domain": "math"}, "lenient")
+    assert read == answer
+    assert bool(fault) == (read is None)
+
+
+# ---------------- the machine's faults, and the answer's ----------------
+
+
+def test_an_answer_that_cannot_be_digested_is_wrong_and_says_why(monkeypatch):
+    replies = ["right", "wrong", "cpu-limit", "error: RecursionError", "crashed", "unknown: killed"]
+    monkeypatch.setattr(rewards, "ask_workers", lambda jobs: replies)
+    verdicts = rewards.worker_verdicts([{}] * len(replies))
+    assert [verdict.correct for verdict in verdicts] == [True, False, False, False, False, None]
+    assert [verdict.why for verdict in verdicts] == replies
+
+
+def test_a_worker_that_is_killed_is_replaced_once(monkeypatch):
+    class Killed:
+        """A worker that something outside kills over its job."""
+
+        def ask(self, job):
+            return None
+
+        def close(self):
+            return -9
+
+    asked = []
+
+    def new_worker():
+        asked.append(1)
+        return Killed()
+
+    monkeypatch.setattr(workers, "idle_workers", queue.SimpleQueue())
+    monkeypatch.setattr(workers, "Worker", new_worker)
+    assert workers.ask_worker({"check": "math"}).startswith("unknown")
+    assert len(asked) == 2
+
+
+def test_a_worker_that_waits_is_not_out_of_time(monkeypatch):
+    """A busy machine takes wall-clock time from a checker, not CPU time."""
+    script = (
+        "import signal, time; from checkers import workers;"
+        "workers.CHECKS['math'] = (lambda: None, lambda job: time.sleep(1.5) is None);"
+        "workers.CPU_SECONDS = 1; workers.worker_loop()"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        input='{"check": "math"}\n',
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert process.stdout == '"right"\n'
 
 
 # ---------------- verifier and judge ----------------
