@@ -382,14 +382,16 @@ def right_or_wrong(correct: bool) -> Verdict:
 def check_code(answers, rows, options) -> list[Verdict]:
     """exec(o_ans) ⊨ unittest, of C.3. Equal pairs of code and tests run once."""
     # Responses of a group share their row's tests, which may be megabytes: dump those only once.
-    tests_as_json = {}
+    tests_as_json, wanted = {}, {}
     for row in rows:
         tests = row["tests"]
         if id(tests) not in tests_as_json:
             tests_as_json[id(tests)] = json.dumps(tests)
+            wanted[id(tests)] = code.wanted_names(tests)
     pairs = []
     for answer, row in zip(answers, rows):
-        pairs.append((code.extract_code(answer), tests_as_json[id(row["tests"])]))
+        tests = id(row["tests"])
+        pairs.append((code.program_of(answer, wanted[tests]), tests_as_json[tests]))
 
     def check_pair(pair):
         program, tests = pair

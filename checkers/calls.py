@@ -5,7 +5,7 @@ Each text is read once, from left to right, so that a long one takes no more tha
 
 import json
 
-from checkers import code
+from checkers.fences import last_block
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 MOST_STARTS = 8  # brackets at which a JSON value in prose is looked for
@@ -27,7 +27,7 @@ def read_calls(answer: str) -> list[dict] | None:
     try:
         if OPENING in answer:
             return tagged_calls(answer)
-        return calls_in_json(code.extract_code(answer))
+        return calls_in_json(last_block(answer))
     except UNREADABLE:
         return None
 

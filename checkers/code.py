@@ -1,36 +1,58 @@
 """Judging code: the program in an answer, the toy's expressions, and programs run against tests."""
 
 import ast
+import builtins
 import functools
 import http.client
 import operator
-import re
-import warnings
 
 from checkers import sandbox
-from checkers.sandbox_worker import lines_of
+from checkers.fences import parse, program_of
+from checkers.livecodebench import graded
+from checkers.printed import same_output
 from checkers.servers import http_json
 from common.errors import UserError
 
-CODE_SECONDS = 5  # wall-clock limit of one program on one input
+CODE_SECONDS = 5  # CPU limit of one program on one input, unless its tests say "seconds"
 CODE_MEGABYTES = 1024  # of address space
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
 
-def extract_code(answer: str) -> str:
-    """The last fenced block of an answer, or the whole answer if it has none."""
-    blocks = re.findall(r"```[ \t]*\w*[ \t]*\n(.*?)```", answer, re.DOTALL)
-    return blocks[-1] if blocks else answer
+def extract_code(answer: str, tests: dict | None = None) -> str:
+    """The program that an answer hands in: see checkers.fences.program_of."""
+    return program_of(answer, wanted_names(tests or {}))
 
 
 def parse_code(code: str) -> ast.Module | None:
     """The syntax tree; None if the code is not Python."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ast.parse(code)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return None
+    return parse(code)
+
+
+def wanted_names(tests: dict) -> frozenset[str]:
+    """The names that the asserts use and that neither they nor the setup define."""
+    asserts = parse(tests.get("asserts", ""))
+    if asserts is None:
+        return frozenset()
+    used = names_in(asserts, ast.Load)
+    defined = names_in(asserts, ast.Store) | set(vars(builtins))
+    defined |= names_in(parse(tests.get("setup", "")) or ast.Module([], []), ast.Store)
+    return frozenset(used - defined)
+
+
+def names_in(tree: ast.Module, context: type) -> set[str]:
+    """The names that are read (context ast.Load) or bound (ast.Store) in a tree."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, context):
+            names.add(node.id)
+        elif context is ast.Store:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.arg):
+                names.add(node.arg)
+            elif isinstance(node, ast.alias):
+                names.add((node.asname or node.name).split(".")[0])
+    return names
 
 
 # ---------------- expressions: the toy's code ----------------
@@ -68,14 +90,16 @@ def evaluate_node(node: ast.expr, variable: str, value: int) -> int:
 def run_program(code: str, tests: dict, url: str) -> tuple[bool | None, str]:
     """(does the code pass all tests, why), by checkers.sandbox or, with a url, SandboxFusion.
 
-    None instead of True or False: the server failed, so nobody knows. Raises UserError if this
-    machine cannot seal code.
+    None instead of True or False: the server or the machine failed, so nobody knows. Raises
+    UserError if this machine cannot seal code.
     """
+    if tests.get("compare") == "livecodebench":
+        code, tests = graded(code, tests)
     if url:
         return run_on_server(code, tests, url)
     if not sandbox.UNSAFE:
         check_sandbox()
-    passed, why = sandbox.run(code, tests, CODE_SECONDS, CODE_MEGABYTES)
+    passed, why = sandbox.run(code, tests, tests.get("seconds", CODE_SECONDS), CODE_MEGABYTES)
     return passed, "right" if passed else why
 
 
@@ -87,15 +111,16 @@ def run_on_server(code: str, tests: dict, url: str) -> tuple[bool | None, str]:
     if "asserts" in tests:
         program = "\n".join((tests.get("setup", ""), code, tests["asserts"]))
         return run_once_on_server(program, "", None, url)
+    compare = tests.get("compare", "numbers")
     for stdin, expected in zip(tests["inputs"], tests["outputs"]):
-        passed, why = run_once_on_server(code, stdin, expected, url)
+        passed, why = run_once_on_server(code, stdin, expected, url, compare)
         if not passed:
             return passed, why
     return True, "right"
 
 
 def run_once_on_server(
-    program: str, stdin: str, expected: str | None, url: str
+    program: str, stdin: str, expected: str | None, url: str, compare: str = "numbers"
 ) -> tuple[bool | None, str]:
     """As run_program, for one input. expected: what the program must print (None: anything)."""
     request = {
@@ -107,7 +132,7 @@ def run_once_on_server(
     try:
         reply = http_json(f"{url.rstrip('/')}/run_code", request)
         status = reply["status"]
-        result = reply.get("run_result") or {}
+        result = dict(reply.get("run_result") or {})
         if status == "SandboxError":
             return None, f"sandbox-error: {reply.get('message')}"
     except (
@@ -124,8 +149,8 @@ def run_once_on_server(
         timed_out = result.get("status") == "TimeLimitExceeded"
         return False, "timeout" if timed_out else "exception"
     if expected is not None:
-        printed = result.get("stdout") or ""
-        if lines_of(printed) != lines_of(expected):
+        printed = str(result.get("stdout") or "")
+        if not same_output(printed, expected, compare):
             return False, "assertion"
     return True, "right"
 

@@ -103,7 +103,11 @@ def split_tests(tests: dict) -> list[dict]:
         return [tests]
     inputs = tests.get("inputs", [])
     outputs = tests.get("outputs", [])
-    return [{"input": stdin, "output": out} for stdin, out in zip(inputs, outputs, strict=True)]
+    compare = tests.get("compare", "numbers")
+    jobs = []
+    for stdin, output in zip(inputs, outputs, strict=True):
+        jobs.append({"input": stdin, "output": output, "compare": compare})
+    return jobs
 
 
 def run(code: str, tests: dict, timeout: float = 5.0, memory_mb: int = 1024) -> Verdict:
@@ -113,8 +117,8 @@ def run(code: str, tests: dict, timeout: float = 5.0, memory_mb: int = 1024) -> 
         {"inputs": [text…], "outputs": [text…]}    programs: stdin → stdout
 
     The setup runs before the code and before the asserts, whose own names win over the code's. A
-    program's stdout must equal the output line by line, trailing white space aside. timeout (in
-    seconds of wall clock) and memory_mb (in MiB) hold for each input.
+    program's stdout must equal the output as checkers.printed compares them, in the way that the
+    tests' "compare" names. timeout (in seconds of wall clock) and memory_mb (in MiB) hold for each input.
     """
     tests_of_jobs = split_tests(tests)
     if not tests_of_jobs:

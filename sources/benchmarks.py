@@ -54,18 +54,17 @@ def mbpp(row: dict) -> dict:
     }
 
 
-LIVECODEBENCH_MODULES = (
-    "math string re collections heapq bisect copy random statistics itertools functools operator "
-    "io sys json datetime"
-).split()
-# The official grader puts these imports before a solution.
-LIVECODEBENCH_IMPORTS = "from typing import *\n" + "".join(
-    f"import {module}\nfrom {module} import *\n" for module in LIVECODEBENCH_MODULES
-)
-# A solution may return a tuple where a list is expected.
-LIVECODEBENCH_LISTED = """def listed(value):
+# Tests of functions: one Solution, or a function by itself, answers all cases of a row. It may
+# return a tuple where a list is expected.
+LIVECODEBENCH_CALL = """try:
+    method = Solution().{method}
+except KeyError:
+    method = {method}
+def listed(value):
     return list(value) if isinstance(value, tuple) else value
 """
+# CPU limits: of one program on one input, and of a function on all of a row's cases
+LIVECODEBENCH_SECONDS, LIVECODEBENCH_SECONDS_OF_ALL = 6, 30
 READ_STDIN = "Write a Python program that reads stdin and prints to stdout."
 
 
@@ -80,8 +79,7 @@ class PlainUnpickler(pickle.Unpickler):
 def livecodebench(row: dict) -> dict:
     """The tests are stdin and stdout, or calls of a method of Solution (a JSON argument per line).
 
-    They are stricter than the official grader in one point: printed numbers must be equal as texts,
-    so 0.50 is not 0.5.
+    The verdicts are those of the official grader: see checkers/livecodebench.py.
     """
     public = json.loads(row["public_test_cases"])
     cases = public + private_cases(row["private_test_cases"])
@@ -93,11 +91,17 @@ def livecodebench(row: dict) -> dict:
         tests = {
             "inputs": [case["input"] for case in cases],
             "outputs": [case["output"] for case in cases],
+            "compare": "livecodebench",
+            "seconds": LIVECODEBENCH_SECONDS,
         }
     else:
         method = json.loads(row["metadata"])["func_name"]
-        asserts = "\n".join(call_assert(method, case) for case in cases)
-        tests = {"setup": LIVECODEBENCH_IMPORTS, "asserts": LIVECODEBENCH_LISTED + asserts}
+        asserts = "\n".join(call_assert(case) for case in cases)
+        tests = {
+            "asserts": LIVECODEBENCH_CALL.format(method=method) + asserts,
+            "compare": "livecodebench",
+            "seconds": LIVECODEBENCH_SECONDS_OF_ALL,
+        }
     prompt = row["question_content"] + "\n\n" + request
     return {"domain": "code", "prompt": prompt, "tests": tests}
 
@@ -111,14 +115,13 @@ def private_cases(text: str) -> list[dict]:
         return json.loads(PlainUnpickler(io.BytesIO(pickled)).load())
 
 
-def call_assert(method: str, case: dict) -> str:
+def call_assert(case: dict) -> str:
     """An assert that calls the solution's method with a case's arguments."""
     arguments = []
     for line in case["input"].splitlines():
         if line.strip():
             arguments.append(repr(json.loads(line)))
-    call = f"Solution().{method}({', '.join(arguments)})"
-    return f"assert listed({call}) == {json.loads(case['output'])!r}"
+    return f"assert listed(method({', '.join(arguments)})) == {json.loads(case['output'])!r}"
 
 
 # ---------------- science ----------------

@@ -396,7 +396,6 @@ def test_wrong_output_is_refused():
         "print(2)",
         "print(2)\nprint(4)\nprint(6)",
         "print(2, 4)",
-        "print(' 2')\nprint(4)",
         "pass",
         "print('2\\n\\n4')",
     ):
