@@ -166,6 +166,11 @@ def stop_if_down(columns: dict) -> None:
 
 # A row's "checker" → the package that it needs.
 PACKAGES = {"bfcl": "bfcl_eval", "constraints": "if_verifiable"}
+# A row's "checker" → the fields that it reads, with their types.
+FIELDS = {
+    "bfcl": {"category": str, "functions": list, "possible": list, "language": str},
+    "critic": {"checklist": list},
+}
 
 
 def check_rows(rows: list[dict], judge_url: str, sandbox_url: str) -> None:
@@ -175,10 +180,12 @@ def check_rows(rows: list[dict], judge_url: str, sandbox_url: str) -> None:
     packaged_constraints = []
     for row in rows:
         check_checker_name(row)
+        check_fields(row)
         check_judge(row, judge_url)
         check_gold_calls(row)
         packaged_constraints += check_constraints(row)
     ifeval.try_packaged(packaged_constraints)
+    check_gym_rows(rows)
 
 
 def runs_code(row: dict) -> bool:
@@ -189,20 +196,53 @@ def runs_code(row: dict) -> bool:
 def check_checker_name(row: dict) -> None:
     """Raise UserError if the row's checker is unknown or its package is not installed."""
     name = row.get("checker", row["domain"])
-    if name not in CHECKERS:
+    if not isinstance(name, str) or name not in CHECKERS:
         known = " ".join(CHECKERS)
         raise UserError(f"row {row['id']}: checker {name!r} is not one of {known}")
     if name in PACKAGES:
         package_path(PACKAGES[name])
 
 
+def check_fields(row: dict) -> None:
+    """Raise UserError if a field that the row's checker reads is missing or of another type."""
+    for name, kind in FIELDS.get(row.get("checker"), {}).items():
+        if not isinstance(row.get(name), kind):
+            raise UserError(
+                f"row {row['id']}: checker {row['checker']} needs the field {name!r}, a "
+                f"{kind.__name__}, and it is {row.get(name)!r:.80}"
+            )
+
+
 def check_judge(row: dict, judge_url: str) -> None:
-    """Raise UserError if a writing row has no judge."""
-    if row["domain"] == "writing" and row.get("judge") != "rhyme" and not judge_url:
-        raise UserError(
-            "writing rows need --judge-url, an OpenAI-compatible server "
-            "(the paper's judge is Qwen2.5-72B-Instruct)"
-        )
+    """Raise UserError if a writing row has no judge, or if its rule does not know the topic."""
+    if row["domain"] != "writing" or "gym" in row:
+        return
+    if row.get("judge") != "rhyme":
+        if not judge_url:
+            raise UserError(
+                "writing rows need --judge-url, an OpenAI-compatible server "
+                "(the paper's judge is Qwen2.5-72B-Instruct)"
+            )
+    elif rhymes_with(row.get("topic")) is None:
+        raise UserError(f"row {row['id']}: nothing is known to rhyme with {row.get('topic')!r:.80}")
+
+
+made_entries: set[str] = set()  # those of reasoning-gym that check_gym_rows has made, as JSON
+
+
+def check_gym_rows(rows: list[dict]) -> None:
+    """Raise UserError if reasoning-gym cannot make the entry that a row speaks of."""
+    new_rows = {}
+    for row in rows:
+        if "gym" in row:
+            new_rows.setdefault(json.dumps(row["gym"]), row)
+    for entry in made_entries & new_rows.keys():
+        del new_rows[entry]
+    replies = ask_workers([{"check": "gym-entry", **row["gym"]} for row in new_rows.values()])
+    for row, reply in zip(new_rows.values(), replies):
+        if reply.startswith("error"):
+            raise UserError(f"row {row['id']}: reasoning-gym has no entry {row['gym']} ({reply})")
+    made_entries.update(new_rows)
 
 
 def check_gold_calls(row: dict) -> None:
@@ -566,12 +606,20 @@ def rhyme_judge(answer: str, row: dict) -> Verdict:
     return pairwise(quality > reference_quality)
 
 
+def rhymes_with(topic) -> list[str] | None:
+    """The words that rhyme with the topic, itself included; None if none is known."""
+    for words in RHYMES.values():
+        if topic in words:
+            return words
+    return None
+
+
 def rhyme_quality(poem: str, topic: str) -> int:
     """The number of distinct rhymes on the topic, minus the other words and repeats.
 
     Each word beyond the third costs one more, so that a long list does not win.
     """
-    family = next(words for words in RHYMES.values() if topic in words)
+    family = rhymes_with(topic)
     words = poem.split()
     rhymes = {word for word in words if word in family and word != topic}
     return 2 * len(rhymes) - len(words) - max(0, len(words) - 3)

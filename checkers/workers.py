@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKS = {  # a job's "check" → what it imports, the check itself
     "math": (third_party.import_math_verify, third_party.math_equal),
     "gym": (third_party.import_reasoning_gym, third_party.gym_right),
+    "gym-entry": (third_party.import_reasoning_gym, third_party.gym_entry_exists),
     "if": (third_party.import_if_verifiable, third_party.if_met),
     "bfcl": (third_party.import_bfcl, third_party.calls_right),
 }

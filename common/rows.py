@@ -126,9 +126,20 @@ def check_tests(row: dict) -> str | None:
         any_type = "expression" in tests  # the toy's tests hold numbers
         if are_paired_texts(tests.get("inputs"), tests.get("outputs"), any_type):
             return None
-        if isinstance(tests.get("asserts"), str):
+        if isinstance(tests.get("asserts"), str) and isinstance(tests.get("setup", ""), str):
             return None
-    return 'field "tests" needs "asserts", or "inputs" and as many "outputs", all texts'
+    return (
+        'field "tests" needs "asserts" (and perhaps "setup"), or "inputs" and as many "outputs", '
+        "all texts"
+    )
+
+
+def check_reference(row: dict) -> str | None:
+    """The reference of writing is a text."""
+    reference = row.get("reference", "")
+    if row["domain"] == "writing" and not isinstance(reference, str):
+        return f'field "reference" must be a text, not {type(reference).__name__}'
+    return None
 
 
 def check_pass_rate(row: dict) -> str | None:
@@ -169,6 +180,7 @@ CHECKS = (
     check_required_field,
     check_answer,
     check_tests,
+    check_reference,
     check_pass_rate,
     check_surrogates,
     check_lists,
