@@ -26,7 +26,7 @@ from checkers.calls import UNREADABLE, holds_call, normal_call, read_calls
 from checkers.latex import paired_braces
 from checkers.servers import ask_all
 from checkers.math_answers import equal_at_sight, to_symbolic
-from checkers.short_answers import short_answer_equal
+from checkers.quantities import LETTER, short_answer_equal
 from checkers.third_party import critic_prompts, critic_score
 from checkers.workers import WORKERS, ask_workers
 from common.errors import UserError
@@ -141,7 +141,8 @@ def to_score(verdict: Verdict, answer: str, row: dict, scheme: str, count_tokens
     if reward is None:
         reward = RIGHT if correct else WRONG[row["domain"]]
         if correct and row["domain"] == "science":
-            length_difference = abs(count_tokens(answer) - count_tokens(row["answer"]))
+            short = boxed(answer) or answer
+            length_difference = abs(count_tokens(short) - count_tokens(row["answer"]))
             reward -= 0.05 * min(length_difference, 10)
     return Score(reward, correct, True, why)
 
@@ -262,6 +263,8 @@ def check_constraints(row: dict) -> list[tuple[str, dict]]:
 
     Returns (row id, constraint) for each constraint that the package if-verifiable judges.
     """
+    if row["domain"] == "if" and "gym" not in row and not row["constraints"]:
+        raise UserError(f"row {row['id']}: no constraints: every response would be right")
     by_package = row.get("checker") == "constraints"
     packaged = []
     for constraint in row.get("constraints", []):
@@ -281,8 +284,11 @@ def read_answer(response: str, row: dict, scheme: str) -> tuple[str | None, str]
         # whatever text, must be closed.
         if closing or "<think>" not in response:
             response = f"</think>{rest}"
-    # A box holds a short answer. Elsewhere it would hide the rest.
+    # A box holds a short answer. Elsewhere it would hide the rest, and also where the answer is an
+    # option's letter: "so \\boxed{x^2}. Answer: D", "\\boxed{A}, or maybe B".
     is_short = "gym" in row or row["domain"] in ("math", "science")
+    if "gym" not in row and row["domain"] == "science" and LETTER.fullmatch(row["answer"].strip()):
+        is_short = False
     return extract_answer(response, strict=scheme == "cgpo", unwrap=is_short)
 
 
@@ -631,43 +637,52 @@ def rhyme_quality(poem: str, topic: str) -> int:
 def check_if(answers, rows, options) -> list[Verdict]:
     """Right if every constraint is met, strictly.
 
-    Unknown ids are errors (check_rows): to skip one would pay for nothing. A row with a constraint
-    that only if-verifiable knows is that package's to judge.
+    Unknown ids are errors (check_rows): to skip one would pay for nothing. The constraints that
+    only if-verifiable knows are that package's to judge, if all others are met.
     """
-    verdicts: list[Verdict | None] = [None] * len(rows)
-    packaged = []
+    verdicts, jobs = [], {}
     for i, (answer, row) in enumerate(zip(answers, rows)):
-        constraints = row["constraints"]
-        if not all(constraint["id"] in ifeval.CONSTRAINTS for constraint in constraints):
-            packaged.append(i)
-            continue
-        violated = []
-        for constraint in constraints:
-            if not ifeval.holds(constraint, answer):
-                violated.append(constraint["id"])
-        why = f"violates {violated[0]}" if violated else "right"
-        verdicts[i] = Verdict(not violated, why)
-
-    judged = check_packaged_if([answers[i] for i in packaged], [rows[i] for i in packaged], options)
-    for i, verdict in zip(packaged, judged):
+        ours, packaged = [], []
+        for constraint in row["constraints"]:
+            is_ours = constraint["id"] in ifeval.CONSTRAINTS
+            (ours if is_ours else packaged).append(constraint)
+        verdict = met_without_package(answer, ours)
+        verdicts.append(verdict)
+        if packaged and verdict.correct:
+            jobs[i] = if_job(answer, row, packaged)
+    for i, verdict in zip(jobs, worker_verdicts(list(jobs.values()))):
         verdicts[i] = verdict
     return verdicts
 
 
+def met_without_package(answer: str, constraints: list[dict]) -> Verdict:
+    """Right if each of these is met; otherwise the verdict names the first that is not.
+
+    The constraints' ids are all in ifeval.CONSTRAINTS.
+    """
+    for constraint in constraints:
+        is_met = ifeval.holds(constraint, answer)
+        if is_met is None:
+            return Verdict(None, f"unknown: {constraint['id']}: the machine failed")
+        if not is_met:
+            return Verdict(False, f"violates {constraint['id']}")
+    return Verdict(True, "right")
+
+
 def check_packaged_if(answers, rows, options) -> list[Verdict]:
     """Right if IFEval's and IFBench's own checkers, from the package if-verifiable, say so."""
-    jobs = []
-    for answer, row in zip(answers, rows):
-        jobs.append(
-            {
-                "check": "if",
-                "answer": answer,
-                "prompt": prompt_text(row),
-                "constraints": row["constraints"],
-                "mode": row.get("mode", "strict"),
-            }
-        )
+    jobs = [if_job(answer, row, row["constraints"]) for answer, row in zip(answers, rows)]
     return worker_verdicts(jobs)
+
+
+def if_job(answer: str, row: dict, constraints: list[dict]) -> dict:
+    """A worker's job: are these constraints of the row met?"""
+    return {
+        "check": "if",
+        "answer": answer,
+        "constraints": constraints,
+        "mode": row.get("mode", "strict"),
+    }
 
 
 # ---------------- agent: one turn of function calls ----------------

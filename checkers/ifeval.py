@@ -1,59 +1,44 @@
 """Instruction constraints that need no package: IFEval's (arXiv 2311.07911), and the toy's own.
 
-CONSTRAINTS: id → function(text, kwargs) → is the constraint met? The names in kwargs are IFEval's.
-The verdicts are those of IFEval's checkers, quirks included, so that a row means the same here.
-What only the package if-verifiable knows is judged by it, in a worker process (checkers.workers).
+CONSTRAINTS: id → function(text, kwargs) → is the constraint met? It includes checkers.ifevalg's.
+The names in kwargs are IFEval's, and the verdicts those of IFEval's checkers, quirks included, so
+that a row means the same here. All take time in proportion to the text. What only the package
+if-verifiable knows is judged by it, in a worker process (checkers.workers).
 """
 
-import functools
 import importlib.util
 import json
 import re
 
-from checkers.third_party import if_registry
+from checkers import ifevalg
+from checkers.constraint_arguments import IFBENCH, IFEVAL, arguments_of
+from checkers.ifevalg import compare
+from checkers.patterns import Indigestible, Undecided, count_matches
+from checkers.sentences import punkt_sentences, tokenize
 from checkers.workers import ask_workers
 from common.errors import UserError
 from common.rows import words_of
-
-
-def compare(count: int, relation: str | None, limit: int) -> bool:
-    """Does the count stand in one of IFEval's two relations to the limit?
-
-    Raises UserError for another relation.
-    """
-    if relation == "at least":
-        return count >= limit
-    if relation == "less than":
-        return count < limit
-    raise UserError(f'constraint relation {relation!r}: not "at least" or "less than"')
-
 
 # ---------------- keywords ----------------
 
 
 def keywords_exist(text: str, kwargs: dict) -> bool:
     """Each of `keywords` (regular expressions, as in IFEval) occurs, in any case."""
-    return all(re.search(keyword, text, re.IGNORECASE) for keyword in kwargs["keywords"])
+    return all(count_matches(keyword, text) > 0 for keyword in kwargs["keywords"])
 
 
 def keyword_frequency(text: str, kwargs: dict) -> bool:
     """`keyword` occurs "at least" or "less than" `frequency` times, in any case."""
-    count = len(re.findall(kwargs["keyword"], text, re.IGNORECASE))
+    count = count_matches(kwargs["keyword"].strip(), text)
     return compare(count, kwargs["relation"], kwargs["frequency"])
 
 
 def forbidden_words(text: str, kwargs: dict) -> bool:
     """None of `forbidden_words` occurs as a word, in any case."""
     for word in kwargs["forbidden_words"]:
-        if re.search(rf"\b{word}\b", text, re.IGNORECASE):
+        if count_matches(word, text, before=r"\b", after=r"\b") > 0:
             return False
     return True
-
-
-def letter_frequency(text: str, kwargs: dict) -> bool:
-    """`letter` occurs "at least" or "less than" `let_frequency` times, in any case."""
-    count = text.lower().count(kwargs["letter"].lower())
-    return compare(count, kwargs["let_relation"], kwargs["let_frequency"])
 
 
 # ---------------- length ----------------
@@ -61,11 +46,13 @@ def letter_frequency(text: str, kwargs: dict) -> bool:
 
 def number_paragraphs(text: str, kwargs: dict) -> bool:
     """It has `num_paragraphs` paragraphs, divided by ***. Only the first or last may be empty."""
-    paragraphs = [paragraph.strip() for paragraph in re.split(r"\s?\*\*\*\s?", text)]
-    count = len([paragraph for paragraph in paragraphs if paragraph])
-    if not all(paragraphs[1:-1]):  # with an empty one between others, none counts
-        count = 0
-    return count == kwargs["num_paragraphs"]
+    is_full = [bool(paragraph.strip()) for paragraph in re.split(r"\s?\*\*\*\s?", text)]
+    return all(is_full[1:-1]) and sum(is_full) == kwargs["num_paragraphs"]
+
+
+def number_sentences(text: str, kwargs: dict) -> bool:
+    """The number of sentences is "at least" or "less than" `num_sentences`."""
+    return compare(len(punkt_sentences(text)), kwargs["relation"], kwargs["num_sentences"])
 
 
 def number_words(text: str, kwargs: dict) -> bool:
@@ -79,14 +66,14 @@ def nth_paragraph_first_word(text: str, kwargs: dict) -> bool:
     Paragraph number `nth_paragraph`, from 1, begins with `first_word`, in any case.
     """
     paragraphs = text.split("\n\n")
-    not_empty = [paragraph for paragraph in paragraphs if paragraph.strip()]
+    count = len([paragraph for paragraph in paragraphs if paragraph.strip()])
     nth = kwargs["nth_paragraph"]  # counts the empty ones too
-    if len(not_empty) != kwargs["num_paragraphs"] or nth > len(paragraphs):
+    if count != kwargs["num_paragraphs"] or nth > count:
         return False
     paragraph = paragraphs[nth - 1]
     if not paragraph.strip():
         return False
-    word = paragraph.split()[0].lstrip("'\"")
+    word = paragraph.split()[0].lstrip("'").lstrip('"')
     word_without_punctuation = re.split(r"[.,?!'\"]", word)[0]
     return word_without_punctuation.lower() == kwargs["first_word"].lower()
 
@@ -95,16 +82,26 @@ def nth_paragraph_first_word(text: str, kwargs: dict) -> bool:
 
 
 def number_placeholders(text: str, kwargs: dict) -> bool:
-    """At least `num_placeholders` pieces stand in [brackets]."""
-    return len(re.findall(r"\[.*?\]", text)) >= kwargs["num_placeholders"]
+    """At least `num_placeholders` pieces of a line stand in [brackets]."""
+    count = 0
+    for line in text.split("\n"):
+        stop = 0
+        while True:
+            start = line.find("[", stop)
+            stop = line.find("]", start) + 1
+            if start < 0 or stop == 0:
+                break
+            count += 1
+    return count >= kwargs["num_placeholders"]
 
 
 def postscript(text: str, kwargs: dict) -> bool:
-    """A line has `postscript_marker`, in any case; P.S. and P.P.S may have spaces."""
-    marker = kwargs["postscript_marker"]
+    """It has `postscript_marker`, in any case; P.S. and P.P.S may have spaces."""
+    marker = kwargs["postscript_marker"].strip()
     spaced = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
-    pattern = spaced.get(marker, re.escape(marker.lower()))
-    return bool(re.search(rf"{pattern}.*$", text.lower(), re.MULTILINE))
+    if marker in spaced:
+        return bool(re.search(spaced[marker], text.lower()))
+    return count_matches(marker.lower(), text.lower(), flags=re.MULTILINE) > 0
 
 
 def number_bullet_lists(text: str, kwargs: dict) -> bool:
@@ -133,23 +130,37 @@ def number_highlighted_sections(text: str, kwargs: dict) -> bool:
 
 def multiple_sections(text: str, kwargs: dict) -> bool:
     """At least `num_sections` sections begin with `section_spliter` and a number."""
-    sections = re.split(rf"\s?{kwargs['section_spliter']}\s?\d+\s?", text)
-    return len(sections) - 1 >= kwargs["num_sections"]
+    splitter = kwargs["section_spliter"].strip()
+    count = count_matches(splitter, text, before=r"\s?", after=r"\s?\d+\s?", flags=0)
+    return count >= kwargs["num_sections"]
 
 
 def json_format(text: str, kwargs: dict) -> bool:
     """It is JSON and nothing else, in a ```json fence or without."""
-    text = re.sub(r"^```(json)?|```$", "", text.strip(), flags=re.IGNORECASE).strip()
+    text = text.strip()
+    for fence in ("```json", "```Json", "```JSON", "```"):
+        text = text.removeprefix(fence)
     try:
-        json.loads(text)
+        json.loads(text.removesuffix("```").strip())
     except (ValueError, RecursionError):
         return False
     return True
 
 
 def title(text: str, kwargs: dict) -> bool:
-    """A title, not empty, stands in <<double angle brackets>>."""
-    return any(match.strip("<>").strip() for match in re.findall(r"<<[^\n]+>>", text))
+    """A title, not empty, stands in <<double angle brackets>>, on one line."""
+    for line in text.split("\n"):
+        start, stop = line.find("<<"), line.rfind(">>")
+        if 0 <= start < stop - 2:  # at least one character stands between
+            if line[start : stop + 2].lstrip("<").rstrip(">").strip():
+                return True
+    return False
+
+
+def capital_word_frequency(text: str, kwargs: dict) -> bool:
+    """The number of words in capital letters is "at least" or "less than" `capital_frequency`."""
+    count = len([token for token in tokenize(text) if token.isupper()])
+    return compare(count, kwargs["capital_relation"], kwargs["capital_frequency"])
 
 
 # ---------------- combinations, start and end, punctuation ----------------
@@ -197,8 +208,9 @@ CONSTRAINTS = {
     "keywords:existence": keywords_exist,
     "keywords:frequency": keyword_frequency,
     "keywords:forbidden_words": forbidden_words,
-    "keywords:letter_frequency": letter_frequency,
+    "keywords:letter_frequency": ifevalg.letter_frequency,
     "length_constraints:number_paragraphs": number_paragraphs,
+    "length_constraints:number_sentences": number_sentences,
     "length_constraints:number_words": number_words,
     "length_constraints:nth_paragraph_first_word": nth_paragraph_first_word,
     "detectable_content:number_placeholders": number_placeholders,
@@ -213,60 +225,69 @@ CONSTRAINTS = {
     "combination:repeat_prompt": repeat_prompt,
     "startend:end_checker": end_checker,
     "startend:quotation": quotation,
+    "change_case:capital_word_frequency": capital_word_frequency,
     "punctuation:no_comma": no_comma,
     "toy:say": toy_say,
-}
+} | ifevalg.CONSTRAINTS
 
 
-def holds(constraint: dict, text: str) -> bool:
-    """Does the text meet this {"id", "kwargs"}, an id of CONSTRAINTS?
+def holds(constraint: dict, text: str) -> bool | None:
+    """Does the text meet this {"id", "kwargs"}, an id of CONSTRAINTS? A blank text meets none.
 
-    Arguments that are null are IFEval's padding: they are left out.
+    None: nobody knows, because the machine failed.
     """
-    padded = constraint.get("kwargs") or {}
-    kwargs = {name: value for name, value in padded.items() if value is not None}
-    return CONSTRAINTS[constraint["id"]](text, kwargs)
+    if not text.strip():
+        return False
+    try:
+        return CONSTRAINTS[constraint["id"]](text, arguments_of(constraint))
+    except Indigestible:
+        return False
+    except Undecided:
+        return None
 
 
 # ---------------- before a run: can these constraints be checked at all? ----------------
 
 
 def check_constraint(constraint: dict, row_id: str, by_package: bool) -> bool:
-    """Raise UserError for a constraint that no checker knows, or that CONSTRAINTS cannot check.
+    """Raise UserError for a constraint that no checker knows, or with arguments that none takes.
 
     by_package: the row asks for if-verifiable's checkers, also for ids that CONSTRAINTS has.
     Returns whether the constraint is the package's to judge: see try_packaged.
     """
     name = constraint.get("id") if isinstance(constraint, dict) else None
-    if by_package or name not in CONSTRAINTS:
-        if name not in packaged_ids():
-            raise UserError(unknown_constraint_message(name, row_id))
-        return True
+    is_ours = isinstance(name, str) and name in CONSTRAINTS and not by_package
+    if not is_ours and name not in packaged_ids():
+        raise UserError(unknown_constraint_message(name, row_id))
     try:
-        holds(constraint, "")
-    except Exception as error:  # whatever its arguments do to the checker
+        arguments_of(constraint)
+    except UserError as error:
         raise UserError(
-            f"row {row_id}: constraint {name} cannot be checked with these arguments: "
-            f"{type(error).__name__} {error}"
-        ) from error
-    return False
+            f"row {row_id}: constraint {name} cannot be checked with these arguments: {error}"
+        ) from None
+    return not is_ours
 
 
-def unknown_constraint_message(name: str | None, row_id: str) -> str:
-    """The error's text. It names the package if that is not installed."""
-    known = ", ".join(CONSTRAINTS)
-    message = f"row {row_id}: unknown constraint {name}; known without a package: {known}"
+def unknown_constraint_message(name, row_id: str) -> str:
+    """The error's text: the ids that are like this one, and the package if it is not installed."""
+    known = sorted({*CONSTRAINTS, *packaged_ids()})
+    family = str(name).partition(":")[0]
+    alike = [other for other in known if other.startswith(f"{family}:")]
+    if alike:
+        message = f"row {row_id}: unknown constraint {name}; known are {', '.join(alike)}"
+    else:
+        families = sorted({other.partition(":")[0] for other in known})
+        message = f"row {row_id}: unknown constraint {name}; ids begin with {', '.join(families)}"
     if not packaged_ids():
         message += "; pip install if-verifiable brings the rest of IFEval and IFBench"
     return message
 
 
-@functools.cache
-def packaged_ids() -> set[str]:
+def packaged_ids() -> list[str]:
     """The constraint ids that if-verifiable knows; none if it is not installed."""
     if importlib.util.find_spec("if_verifiable") is None:
-        return set()
-    return set(if_registry())
+        return []
+    return [*IFEVAL, *IFBENCH]
 
 
 tried_constraints: set[str] = set()  # those that try_packaged has run, as JSON
@@ -275,8 +296,9 @@ tried_constraints: set[str] = set()  # those that try_packaged has run, as JSON
 def try_packaged(constraints: list[tuple[str, dict]]) -> None:
     """Run if-verifiable's checker of each (row id, constraint) once, on a plain text.
 
-    Otherwise a constraint that cannot be checked would count as one that is not met. Raises
-    UserError for arguments that the checker does not take, and for missing NLTK data.
+    Otherwise a constraint that cannot be checked would count as one that is not met. The text has
+    as many sentences as the constraint looks at ("n"). Raises UserError for missing NLTK data, and
+    for arguments that the checker does not take after all.
     """
     untried = {}
     for row_id, constraint in constraints:
@@ -289,8 +311,7 @@ def try_packaged(constraints: list[tuple[str, dict]]) -> None:
         jobs.append(
             {
                 "check": "if",
-                "answer": "One plain answer.",
-                "prompt": "Say one.",
+                "answer": "One plain answer. " * arguments_of(constraint).get("n", 1),
                 "constraints": [constraint],
                 "mode": "strict",
             }
@@ -301,7 +322,7 @@ def try_packaged(constraints: list[tuple[str, dict]]) -> None:
                 f"row {row_id}: {constraint['id']} needs NLTK's data: python -m nltk.downloader "
                 "punkt punkt_tab stopwords averaged_perceptron_tagger_eng"
             )
-        if verdict in ("error: TypeError", "error: KeyError"):
+        if verdict in ("error: TypeError", "error: KeyError", "error: ValueError"):
             raise UserError(
                 f"row {row_id}: constraint {constraint['id']} cannot be checked with these "
                 f"arguments: {constraint.get('kwargs')}"

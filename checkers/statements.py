@@ -22,8 +22,8 @@ AFTER_ANSWER = re.compile(
 # Words before what a sentence states.
 LEAD = re.compile(
     r"(?<![A-Za-z])(?:is|are|was|were|be|equals?|equal to|get|gets|gives?|given by|obtain|have|has|"
-    r"had|find|found|yields?|makes?|costs?|takes?|needs?|leaves?|totals?|conclude|so|thus|hence|"
-    r"then|therefore|finally)(?![A-Za-z])[\s,:]*|:\s+",
+    r"had|find|found|yields?|makes?|costs?|takes?|needs?|leaves?|total of|probability of|"
+    r"average of|totals?|conclude|so|thus|hence|then|therefore|finally)(?![A-Za-z])[\s,:]*|:\s+",
     re.IGNORECASE,
 )
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")

@@ -12,6 +12,7 @@ import re
 import sys
 import types
 
+from checkers.constraint_arguments import arguments_of
 from common.packages import package_path
 
 # ---------------- math: math-verify ----------------
@@ -50,6 +51,11 @@ def gym_dataset(task: str, size: int, seed: int):
     return import_reasoning_gym().create_dataset(task, size=size, seed=seed)
 
 
+def gym_entry_exists(job: dict) -> bool:
+    """Can row "index" of {"task", "size", "seed"} be made? Raises what reasoning-gym raises."""
+    return bool(gym_dataset(job["task"], job["size"], job["seed"])[job["index"]])
+
+
 def gym_right(job: dict) -> bool:
     """Is "answer" right for row "index" of {"task", "size", "seed"}? The task's own checker says.
 
@@ -61,37 +67,84 @@ def gym_right(job: dict) -> bool:
 
 # ---------------- instructions: if-verifiable (IFEval, IFBench) ----------------
 
+# Arguments that IFEval's and IFBench's checkers replace by random ones in some rows, such as a
+# letter that is none of a to z: id → {argument: the checker's attribute, where it is put back}.
+REPLACED = {
+    "keywords:letter_frequency": {"letter": "_letter"},
+    "length_constraints:nth_paragraph_first_word": {"nth_paragraph": "_nth_paragraph"},
+    "repeat:repeat_span": {"n_start": "_n_start"},
+}
 
-def if_registry() -> dict:
-    """{id: checker class} of IFEval and IFBench. Raises UserError if the package is missing."""
-    package_path("if_verifiable")
-    from if_verifiable.ifbench import instructions_registry as ifbench
-    from if_verifiable.ifeval import instructions_registry as ifeval
 
-    return {**ifbench.INSTRUCTION_DICT, **ifeval.INSTRUCTION_DICT}
-
-
+@functools.cache
 def import_if_verifiable():
-    """(if_registry(), evaluate_instructions) of the package."""
-    registry = if_registry()
-    from if_verifiable.common import evaluate_instructions
+    """({id: checker class} of IFEval and IFBench, the package's module of readings).
 
-    return registry, evaluate_instructions
-
-
-def if_met(job: dict) -> bool:
-    """Does "answer" meet all "constraints", each by the package's own checker?
-
-    "mode" is strict or loose. Loose: one of the package's looser readings of the answer, such as
-    without its first line, may meet them instead.
+    Language detection, which samples, gets a seed. Raises UserError if the package is missing.
     """
-    registry, evaluate_instructions = import_if_verifiable()
-    ids = [constraint["id"] for constraint in job["constraints"]]
-    arguments = [constraint.get("kwargs") or {} for constraint in job["constraints"]]
-    results, scores = evaluate_instructions(job["answer"], ids, arguments, job["prompt"], registry)
-    if len(results) != len(ids):
-        return False
-    return bool(scores.binary_loose if job["mode"] == "loose" else scores.binary_strict)
+    package_path("if_verifiable")
+    import langdetect
+    import nltk
+
+    langdetect.DetectorFactory.seed = 0
+    download = nltk.download
+    nltk.download = do_not_download
+    try:
+        from if_verifiable import common
+        from if_verifiable.ifbench import instructions_registry as ifbench
+        from if_verifiable.ifeval import instructions_registry as ifeval
+    finally:
+        nltk.download = download
+    return {**ifbench.INSTRUCTION_DICT, **ifeval.INSTRUCTION_DICT}, common
+
+
+def do_not_download(*names, **options) -> bool:
+    """Stands for nltk.download while IFBench's part is imported, which asks for NLTK's data."""
+    return False
+
+
+def if_checker(constraint: dict):
+    """The package's checker of a {"id", "kwargs"}, ready to check texts."""
+    registry, _ = import_if_verifiable()
+    name, arguments = constraint["id"], arguments_of(constraint)
+    checker = registry[name](name)
+    checker.build_description(**arguments)
+    for argument, attribute in REPLACED.get(name, {}).items():
+        value = arguments[argument]
+        setattr(checker, attribute, value.lower() if isinstance(value, str) else value)
+    return checker
+
+
+def if_met(job: dict) -> str:
+    """ "right" if "answer" meets all "constraints", each by the package's own checker.
+
+    Otherwise "violates <id of the first that it breaks>". "mode" is strict or loose. Loose: one of
+    the package's looser readings of the answer, such as without its first line, may meet a
+    constraint instead. A blank reading meets none.
+    """
+    _, common = import_if_verifiable()
+    answer = common.strip_thinking(job["answer"])
+    readings = [answer]
+    if job["mode"] == "loose":
+        readings = common.get_loose_transformations(answer)
+    readings = [reading for reading in readings if reading.strip()]
+    for constraint in job["constraints"]:
+        checker = if_checker(constraint)
+        if not any(checker.check_following(reading) for reading in readings):
+            return f"violates {constraint['id']}"
+    return "right"
+
+
+# ---------------- instructions: a regular expression of a row ----------------
+
+
+def import_nothing() -> None:
+    """The search needs no package."""
+
+
+def count_matches(job: dict) -> str:
+    """How often "pattern", with "flags", occurs in "text", as a text."""
+    return str(len(re.findall(job["pattern"], job["text"], job["flags"])))
 
 
 # ---------------- function calls: bfcl-eval ----------------

@@ -36,6 +36,7 @@ CHECKS = {  # a job's "check" → what it imports, the check itself
     "gym": (third_party.import_reasoning_gym, third_party.gym_right),
     "gym-entry": (third_party.import_reasoning_gym, third_party.gym_entry_exists),
     "if": (third_party.import_if_verifiable, third_party.if_met),
+    "pattern": (third_party.import_nothing, third_party.count_matches),
     "bfcl": (third_party.import_bfcl, third_party.calls_right),
 }
 

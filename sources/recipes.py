@@ -204,7 +204,9 @@ def nemotron_science(row: dict) -> dict:
 
 
 def nemotron_if(row: dict) -> dict:
-    """Constraints in IFEval's format."""
+    """Constraints in IFEval's format. A row without any would pay for every response."""
+    if not row["instruction_id_list"]:
+        raise Skip("instruction_id_list is empty")
     return {"constraints": constraints_of(row["instruction_id_list"], row["kwargs"])}
 
 

@@ -14,8 +14,8 @@ import time
 import pytest
 
 import rewards
-from checkers import code, ifeval, servers, workers
-from checkers.short_answers import option_letter
+from checkers import code, ifeval, ifevalg, servers, workers
+from checkers.option_letters import option_of_response
 from common.errors import UserError
 from conftest import ROOT
 from rewards import extract_answer, score
@@ -111,7 +111,7 @@ def test_invalid_formats_cost_minus_one(response):
         {"domain": "code", "tests": {"asserts": ""}},
         {"domain": "science", "answer": "3"},
         {"domain": "agent", "gold_calls": []},
-        {"domain": "if", "constraints": []},
+        {"domain": "if", "constraints": [{"id": "punctuation:no_comma"}]},
     ],
 )
 @pytest.mark.parametrize("answer", ["\ud800", "4 \udcff", "\x00", "a" * 100_000])
@@ -423,7 +423,7 @@ def test_science_pays_less_for_length_down_to_a_half():
     ],
 )
 def test_an_option_is_named_or_hedged(answer, letter):
-    assert option_letter(answer) == letter
+    assert option_of_response(answer) == letter
 
 
 # ---------------- writing ----------------
@@ -539,7 +539,26 @@ def test_constraints(name, kwargs, met, unmet):
 
 
 def test_the_cases_cover_all_constraints():
-    assert {case[0] for case in IF_CASES} | {"toy:say"} == set(ifeval.CONSTRAINTS)
+    elsewhere = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
+    elsewhere |= set(ifevalg.CONSTRAINTS)  # see test_constraints.py
+    assert {case[0] for case in IF_CASES} | {"toy:say"} == set(ifeval.CONSTRAINTS) - elsewhere
+
+
+def test_a_row_may_mix_our_constraints_and_a_package_s():
+    pytest.importorskip("if_verifiable")
+    constraints = [
+        {"id": "last_word:last_word_answer", "kwargs": {"last_word": "wald"}},
+        {"id": "language:response_language", "kwargs": {"language": "de"}},
+    ]
+    row = {"domain": "if", "constraints": constraints}
+    verdict = score_one(wrap("Das ist ein schöner Tag und wir gehen in den Wald."), row)
+    assert (verdict.correct, verdict.why) == (True, "right")
+    verdict = score_one(wrap("This is a fine day and we are walking to the Wald."), row)
+    assert (verdict.correct, verdict.why) == (False, "violates language:response_language")
+    verdict = score_one(wrap("Das ist ein schöner Tag."), row)
+    assert verdict.why == "violates last_word:last_word_answer"
+    with pytest.raises(UserError, match="no constraints"):
+        score_one(wrap("a"), {"domain": "if", "constraints": []})
 
 
 def test_all_constraints_must_hold_and_unknown_ones_are_errors():
@@ -586,6 +605,7 @@ def test_what_a_packaged_checker_cannot_check_stops_before_sampling(monkeypatch)
     with pytest.raises(UserError, match=message):
         rewards.check_rows([row], "", "")
 
+    constraint["kwargs"] = {"N": 1}
     monkeypatch.setattr(ifeval, "ask_workers", lambda jobs: ["error: LookupError"] * len(jobs))
     message = "row r: count:unique_word_count needs NLTK's data: python -m nltk.downloader"
     with pytest.raises(UserError, match=message):
