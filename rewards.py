@@ -26,7 +26,7 @@ from checkers.calls import UNREADABLE, holds_call, normal_call, read_calls
 from checkers.latex import paired_braces
 from checkers.servers import ask_all
 from checkers.math_answers import equal_at_sight, to_symbolic
-from checkers.quantities import LETTER, short_answer_equal
+from checkers.short_answers import LETTER, short_answer_equal
 from checkers.third_party import critic_prompts, critic_score
 from checkers.workers import WORKERS, ask_workers
 from common.errors import UserError

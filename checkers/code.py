@@ -7,9 +7,10 @@ import http.client
 import operator
 
 from checkers import sandbox
-from checkers.fences import parse, program_of
+from checkers.fences import parse
 from checkers.livecodebench import graded
 from checkers.printed import same_output
+from checkers.programs import program_of
 from checkers.servers import http_json
 from common.errors import UserError
 
@@ -19,7 +20,7 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 
 
 def extract_code(answer: str, tests: dict | None = None) -> str:
-    """The program that an answer hands in: see checkers.fences.program_of."""
+    """The program that an answer hands in: see checkers.programs.program_of."""
     return program_of(answer, wanted_names(tests or {}))
 
 
@@ -46,7 +47,7 @@ def names_in(tree: ast.Module, context: type) -> set[str]:
         if isinstance(node, ast.Name) and isinstance(node.ctx, context):
             names.add(node.id)
         elif context is ast.Store:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 names.add(node.name)
             elif isinstance(node, ast.arg):
                 names.add(node.arg)
@@ -110,49 +111,53 @@ def run_on_server(code: str, tests: dict, url: str) -> tuple[bool | None, str]:
     """
     if "asserts" in tests:
         program = "\n".join((tests.get("setup", ""), code, tests["asserts"]))
-        return run_once_on_server(program, "", None, url)
-    compare = tests.get("compare", "numbers")
+        return run_once_on_server(program, "", None, tests, url)
     for stdin, expected in zip(tests["inputs"], tests["outputs"]):
-        passed, why = run_once_on_server(code, stdin, expected, url, compare)
+        passed, why = run_once_on_server(code, stdin, expected, tests, url)
         if not passed:
             return passed, why
     return True, "right"
 
 
 def run_once_on_server(
-    program: str, stdin: str, expected: str | None, url: str, compare: str = "numbers"
+    program: str, stdin: str, expected: str | None, tests: dict, url: str
 ) -> tuple[bool | None, str]:
     """As run_program, for one input. expected: what the program must print (None: anything)."""
     request = {
         "code": program,
         "language": "python",
         "stdin": stdin,
-        "run_timeout": CODE_SECONDS,
+        "run_timeout": tests.get("seconds", CODE_SECONDS),
     }
     try:
-        reply = http_json(f"{url.rstrip('/')}/run_code", request)
-        status = reply["status"]
-        result = dict(reply.get("run_result") or {})
-        if status == "SandboxError":
-            return None, f"sandbox-error: {reply.get('message')}"
-    except (
-        OSError,
-        http.client.HTTPException,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:
+        result = result_of(http_json(f"{url.rstrip('/')}/run_code", request))
+    except (OSError, http.client.HTTPException, ValueError) as error:
         return None, f"sandbox-error: {url}: {type(error).__name__} {error}"
 
-    if status != "Success" or result.get("return_code") != 0:
-        timed_out = result.get("status") == "TimeLimitExceeded"
-        return False, "timeout" if timed_out else "exception"
+    if result.get("status") == "TimeLimitExceeded":
+        return False, "timeout"
+    if result["return_code"] != 0:
+        return False, "exception"
     if expected is not None:
-        printed = str(result.get("stdout") or "")
-        if not same_output(printed, expected, compare):
+        printed = result.get("stdout") or ""
+        if not same_output(printed, expected, tests.get("compare", "numbers")):
             return False, "assertion"
     return True, "right"
+
+
+def result_of(reply) -> dict:
+    """What SandboxFusion says of the program's run. Raises ValueError if it says nothing of it."""
+    if not isinstance(reply, dict):
+        raise ValueError(f"its reply is {type(reply).__name__}, no object")
+    result = reply.get("run_result")
+    if reply.get("status") not in ("Success", "Failed") or not isinstance(result, dict):
+        raise ValueError(f"status {reply.get('status')!r}: {reply.get('message')!r}")
+    timed_out = result.get("status") == "TimeLimitExceeded"
+    if not timed_out and not isinstance(result.get("return_code"), int):
+        raise ValueError(f"the run's status is {result.get('status')!r}, without a return code")
+    if not isinstance(result.get("stdout") or "", str):
+        raise ValueError("the run's stdout is no text")
+    return result
 
 
 @functools.cache

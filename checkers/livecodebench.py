@@ -8,7 +8,7 @@ refuses is wrong, quirks included:
 - names of the program are local to a function: `global` finds none of them
 - `if __name__ == "__main__":` is run if it is the last statement, otherwise it is not
 - stdin and stdout are texts: stdin.read() gives everything at any time, stdin.buffer.readline() the
-  first line again and again; stdout has no buffer; open() opens stdin
+  first line again and again; stdout has no buffer
 - sys.exit() with any code ends the program well
 - calls may nest 50,000 deep, and integers may be printed with 50,000 digits
 """
@@ -125,7 +125,7 @@ def as_graded(program: str) -> str:
     arguments = ast.arguments([], [], None, [], [], None, [])
     function = ast.FunctionDef("_program", arguments, rest or [ast.Pass()], [], lineno=1)
     module = ast.fix_missing_locations(ast.Module([*imports, function], []))
-    name = "__name__ = 'solution'\n"
+    name = "__name__ = 'tmp_sol'\n"
     return OPEN_STREAMS + PRELUDE + name + ast.unparse(module) + RUN
 
 

@@ -150,7 +150,11 @@ RIGHT = words(
     "satisfies it option choice one pick likely"
 )
 DENIED_AFTER = re.compile(rf":?{STEPS}(?:\s{{1,3}}{WRONG}|n't\b)", re.IGNORECASE)
-VERDICT_AFTER = re.compile(rf":?{STEPS}\s{{1,3}}{RIGHT}|:?\s{{1,3}}is[.!\s]{{0,3}}$", re.IGNORECASE)
+VERDICT_AFTER = re.compile(
+    rf":?{STEPS}\s{{1,3}}{RIGHT}|:?\s{{1,3}}is[.!\s]{{0,3}}$|\s{{1,3}}as\s{{1,3}}the\s{{1,3}}"
+    r"(?:(?:correct|right|best|final)\s{1,3})?(?:answer|option|choice)\b",
+    re.IGNORECASE,
+)
 DOUBTED_AFTER = re.compile(
     r":?\s{0,3}\?|:?(?:\s{1,3}(?:is|are|also|seems|looks|sounds)){0,4}\s{1,3}"
     + words("could may might possibly maybe perhaps also possible plausible")
@@ -419,7 +423,8 @@ def chosen(remarks: list[Remark]) -> str | None:
 def firmest(statements: list[Remark]) -> list[Remark]:
     """The statements that count: those on the last line that says what the answer is.
 
-    Lines next to each other that say it must agree: a later answer replaces an earlier one only if
+    Of these lines, what comes before the answer does not count ("B is true. So it is C."). Lines
+    next to each other that say it must agree: a later answer replaces an earlier one only if
     something was said in between. Lines of nothing but a letter must agree. So must all verdicts
     or labels, if there is no line that says what the answer is.
     """
@@ -434,7 +439,10 @@ def firmest(statements: list[Remark]) -> list[Remark]:
     for remark in reversed(firm):
         if remark.line + 1 in lines:
             lines.add(remark.line)
-    return [remark for remark in statements if remark.line in lines]
+    counted = [remark for remark in statements if remark.line in lines]
+    while counted[0].strength < ANSWER:
+        del counted[0]
+    return counted
 
 
 def union(remarks: list[Remark]) -> frozenset[str]:

@@ -134,6 +134,19 @@ def check_tests(row: dict) -> str | None:
     )
 
 
+def check_test_options(row: dict) -> str | None:
+    """How code is compared and how long it may run are known, if the tests say so."""
+    if row["domain"] != "code" or "tests" not in row:
+        return None
+    compare = row["tests"].get("compare", "numbers")
+    if compare not in ("numbers", "livecodebench"):
+        return f'field "tests": "compare" is {compare!r:.40}, not "numbers" or "livecodebench"'
+    seconds = row["tests"].get("seconds", 1)
+    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or seconds <= 0:
+        return f'field "tests": "seconds" is {seconds!r:.40}, not a positive number'
+    return None
+
+
 def check_reference(row: dict) -> str | None:
     """The reference of writing is a text."""
     reference = row.get("reference", "")
@@ -180,6 +193,7 @@ CHECKS = (
     check_required_field,
     check_answer,
     check_tests,
+    check_test_options,
     check_reference,
     check_pass_rate,
     check_surrogates,

@@ -55,13 +55,17 @@ def mbpp(row: dict) -> dict:
 
 
 # Tests of functions: one Solution, or a function by itself, answers all cases of a row. It may
-# return a tuple where a list is expected.
-LIVECODEBENCH_CALL = """try:
+# return a tuple where a list is expected. A name that is not there is a KeyError in the sandbox,
+# and a NameError where tests and solution share a process.
+LIVECODEBENCH_CHECK = """import json
+try:
     method = Solution().{method}
-except KeyError:
+except (KeyError, NameError):
     method = {method}
-def listed(value):
-    return list(value) if isinstance(value, tuple) else value
+def check(arguments, expected):
+    value = method(*[json.loads(line) for line in arguments.split("\\n") if line.strip()])
+    value = list(value) if isinstance(value, tuple) else value
+    assert value == json.loads(expected)
 """
 # CPU limits: of one program on one input, and of a function on all of a row's cases
 LIVECODEBENCH_SECONDS, LIVECODEBENCH_SECONDS_OF_ALL = 6, 30
@@ -96,9 +100,9 @@ def livecodebench(row: dict) -> dict:
         }
     else:
         method = json.loads(row["metadata"])["func_name"]
-        asserts = "\n".join(call_assert(case) for case in cases)
+        calls = "\n".join(check_call(case) for case in cases)
         tests = {
-            "asserts": LIVECODEBENCH_CALL.format(method=method) + asserts,
+            "asserts": LIVECODEBENCH_CHECK.format(method=method) + calls,
             "compare": "livecodebench",
             "seconds": LIVECODEBENCH_SECONDS_OF_ALL,
         }
@@ -115,13 +119,16 @@ def private_cases(text: str) -> list[dict]:
         return json.loads(PlainUnpickler(io.BytesIO(pickled)).load())
 
 
-def call_assert(case: dict) -> str:
-    """An assert that calls the solution's method with a case's arguments."""
-    arguments = []
-    for line in case["input"].splitlines():
-        if line.strip():
-            arguments.append(repr(json.loads(line)))
-    return f"assert listed(method({', '.join(arguments)})) == {json.loads(case['output'])!r}"
+def check_call(case: dict) -> str:
+    """The line that tests the solution's method on a case. Raises ValueError if it is no JSON.
+
+    The case stays JSON until the test runs: as Python source, megabytes of arguments would take
+    gigabytes to compile.
+    """
+    arguments = [line for line in case["input"].split("\n") if line.strip()]
+    for text in (*arguments, case["output"]):
+        json.loads(text)
+    return f"check({case['input']!r}, {case['output']!r})"
 
 
 # ---------------- science ----------------

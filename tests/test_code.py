@@ -1,13 +1,15 @@
 """Programs handed in by a model: the block that counts, what it prints, LiveCodeBench's grading."""
 
 import json
+import time
 
 import pytest
 
 import rewards
-from checkers.code import extract_code, wanted_names
-from checkers.fences import last_block, program_of
+from checkers.code import extract_code, run_program, wanted_names
+from checkers.fences import last_block
 from checkers.printed import same_output
+from checkers.programs import program_of
 from sources import benchmarks
 
 # ---------------- fences ----------------
@@ -16,6 +18,7 @@ ADD = "def add(a, b):\n    return a + b"
 TESTS = {"asserts": "assert add(1, 2) == 3"}
 WRONG = "def add(a, b):\n    return a - b"
 DOCSTRING = 'def add(a, b):\n    """\n    ```\n    add(1, 2)\n    ```\n    """\n    return a + b'
+USAGE = "```python\nprint(add(1, 2))\n```"
 LISTED = (
     "1. Write it:\n\n   ```python\n   def add(a, b):\n       return a + b\n   ```\n\n2. Run it."
 )
@@ -52,6 +55,25 @@ ANSWERS = [
     f"```python\n{ADD}\n```\nInstall:\n```sh\npip install add\n```\nDone.",
     f"```python\n{ADD}\n```\n```json\n{{}}\n```",
     f"> ```python\n{ADD}\n> ```",
+    "> ```python\n> def add(a, b):\n>     return a + b\n> ```",
+    f"````markdown\n```python\n{ADD}\n```\n````",
+    f"```markdown\n```python\n{ADD}\n```\n```",
+    f"```python:add.py\n{ADD}\n```",
+    f"```add.py\n{ADD}\n```\n```bash\npython add.py\n```",
+    f"```python3.12\n{ADD}\n```",
+    f"```python\n{ADD}\n````",
+    f"Here it is:\n\n{ADD}\n```\nIt adds.",
+    f"{ADD}\n```\nIt prints:\n```\n3\n```",
+    f"```python\nx = 1\n```python\n{ADD}\n```",
+    f"```python\n{ADD}\n```\nThen:\n```\nadd = 3\n```",
+    f"```python\n{ADD}\n```\nTry it:\n```python\nfrom solution import add\nprint(add(1, 2))\n```",
+    f"```python\n{ADD}\n```\n```python\ndef test_add():\n    assert add(1, 2) == 3\n```",
+    f"```python\n{DOCSTRING}\n```\n```bash\npython add.py\n```",
+    f"```python\n{DOCSTRING.replace('    ```', '```python', 1)}\n```",
+    f"```python\n{DOCSTRING}",
+    f"```python\nif True:\n    def add(a, b):\n        return a + b\n```\n{USAGE}",
+    f"```python\nfrom operator import add\n```\n{USAGE}",
+    f"```python\nsub, add = None, lambda a, b: a + b\n```\n{USAGE}",
 ]
 
 
@@ -70,6 +92,12 @@ def test_a_program_counts_however_it_is_fenced(answer):
     "answer",
     [
         f"```python\n{ADD}\n```\nNo:\n```python\n{WRONG}\n```",
+        f"```python\n{ADD}\n```\nNo:\n```\n{WRONG}\n```",
+        f"```python\n{ADD}\n```\nNo:\n~~~py\n{WRONG}\n~~~",
+        f"```python\n{ADD}\n```\nNo:\n```python\n{WRONG}",
+        f"```c++\n{ADD}\n```\n```python\n{WRONG}\n```",
+        f"```python\n{WRONG}\n```\n```c++\n{ADD}\n```",
+        f"```python\n'''\n```\n{ADD}\n```",
         "```c++\nint add(int a, int b) { return a + b; }\n```",
         "It adds.",
         "```python\nprint(3)\n```",
@@ -89,12 +117,61 @@ def test_a_program_that_is_cut_off_is_no_python():
         assert (result.why, result.valid) == ("syntax", False)
 
 
-def test_a_program_that_reads_stdin_is_no_output_and_no_shell():
-    program = "n = int(input())\nprint(2 * n)"
-    tests = {"inputs": ["2\n"], "outputs": ["4\n"]}
-    for tail in ("```\n4\n```", "```bash\npython a.py\n```", "```text\n4\n```", "```\n>>> 4\n```"):
-        assert correct(f"```python\n{program}\n```\nThen:\n{tail}", tests) is True
-    assert correct(f"```\n{program}\n```", tests) is True
+DOUBLE = "n = int(input())\nprint(2 * n)"
+DOUBLE_TESTS = {"inputs": ["2\n"], "outputs": ["4\n"]}
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        "```\n4\n```",
+        "```\nn = 4\n```",
+        "```\nInput: 2\nOutput: 4\n```",
+        "```\nO(n)\n```",
+        "```\n(2, 4)\n```",
+        "```\n>>> 4\n```",
+        "```\npython a.py\n```",
+        "```bash\npython a.py\n```",
+        "```text\n4\n```",
+        "```python\nprint(2 * 3)\n```",
+        "```python\n4\n```",
+        "```python\n```",
+    ],
+)
+def test_a_program_that_reads_stdin_is_no_output_and_no_example(tail):
+    for language in ("python", ""):
+        answer = f"```{language}\n{DOUBLE}\n```\nThen:\n{tail}"
+        assert correct(answer, DOUBLE_TESTS) is True
+
+
+def test_the_last_program_that_reads_stdin_counts_whatever_its_tag():
+    wrong = DOUBLE.replace("2", "3")
+    for first, second, right in ((wrong, DOUBLE, True), (DOUBLE, wrong, False)):
+        answer = f"```python\n{first}\n```\nBetter:\n```\n{second}\n```"
+        assert correct(answer, DOUBLE_TESTS) is right
+
+
+LONG_ANSWERS = [
+    "`" * 100_000,
+    "~" * 100_000,
+    "```\n" * 25_000,
+    "```python\nx\n" * 8_000,
+    "a ```b\n" * 14_000,
+    "```markdown\n" * 8_000,
+    "```python\n'''\n" * 8_000,
+    "```python\n'''\n" + "```\n" * 15 + "x = 1\n" * 15_000 + "'''\n(\n```",
+    "```python " + " " * 100_000 + "`",
+    "1" * 100_000 + ". ```",
+    "(\n" * 40 + "x = 1\n" * 15_000 + "```",
+]
+
+
+@pytest.mark.parametrize("number", range(len(LONG_ANSWERS)))
+def test_long_answers_are_read_in_linear_time(number):
+    started = time.process_time()
+    for wanted in (frozenset(), frozenset({"add"})):
+        program_of(LONG_ANSWERS[number], wanted)
+    assert time.process_time() - started < 4  # seconds; quadratic time takes minutes
 
 
 def test_the_names_that_tests_ask_for():
@@ -174,6 +251,13 @@ def test_livecodebench_compares_decimals_exactly():
     assert same_output("0.50 1e3", "0.5 1000", "livecodebench")
     assert not same_output("0.5000000001", "0.5", "livecodebench")
     assert not same_output("0.50 a", "0.5 a", "livecodebench")
+
+
+@pytest.mark.parametrize("end", ["x", ".x", ".5", "e"])
+def test_long_tokens_are_compared_in_linear_time(end):
+    started = time.process_time()
+    assert not same_output("1" * 1_000_000 + end, "2.5")
+    assert time.process_time() - started < 4  # seconds; quadratic time takes hours
 
 
 # ---------------- LiveCodeBench ----------------
@@ -340,12 +424,12 @@ PROGRAMS = [
 ]
 
 
-def livecodebench_row(case: dict, method: str) -> dict:
-    """A row of ours, from a row in LiveCodeBench's fields with one test case."""
+def livecodebench_row(cases: list[dict], method: str) -> dict:
+    """A row of ours, from a row in LiveCodeBench's fields with these test cases."""
     source = {
         "question_content": "?",
         "starter_code": "class Solution:" if method else "",
-        "public_test_cases": json.dumps([case]),
+        "public_test_cases": json.dumps(cases),
         "private_test_cases": "[]",
         "metadata": json.dumps({"func_name": method}),
     }
@@ -355,7 +439,7 @@ def livecodebench_row(case: dict, method: str) -> dict:
 def graded(program: str, case: dict, method: str = "") -> bool | None:
     """Is the program right?"""
     response = f"</think>```python\n{program}\n```"
-    return rewards.score([response], [livecodebench_row(case, method)], "lenient")[0].correct
+    return rewards.score([response], [livecodebench_row([case], method)], "lenient")[0].correct
 
 
 @pytest.mark.parametrize("solution, method, arguments, expected, official", FUNCTIONS)
@@ -367,3 +451,62 @@ def test_livecodebench_functions(solution, method, arguments, expected, official
 @pytest.mark.parametrize("program, stdin, expected, official", PROGRAMS)
 def test_livecodebench_programs(program, stdin, expected, official):
     assert graded(program, {"input": stdin, "output": expected, "testtype": "stdin"}) is official
+
+
+def test_livecodebench_functions_take_megabytes_of_arguments():
+    arguments = json.dumps(list(range(100_000)))
+    case = {"input": arguments, "output": "100000", "testtype": "functional"}
+    row = livecodebench_row([case] * 10, "f")
+    response = "</think>```python\nclass Solution:\n    def f(self, a): return len(a)\n```"
+    assert rewards.score([response], [row], "lenient")[0].correct
+    assert wanted_names(row["tests"]) == {"Solution", "f"}
+
+
+def test_livecodebench_functions_need_json():
+    case = {"input": "[1]\nNone", "output": "1", "testtype": "functional"}
+    with pytest.raises(json.JSONDecodeError):
+        livecodebench_row([case], "f")
+
+
+# ---------------- a server's replies ----------------
+
+FINISHED = {"status": "Finished", "return_code": 0, "stdout": "4\n", "stderr": ""}
+REPLIES = [  # (a server's reply, is the program right, the verdict's first word)
+    ({"status": "Success", "run_result": FINISHED}, True, "right"),
+    ({"status": "Success", "run_result": FINISHED | {"stdout": "5"}}, False, "assertion"),
+    ({"status": "Success", "run_result": FINISHED | {"stdout": None}}, False, "assertion"),
+    ({"status": "Failed", "run_result": FINISHED | {"return_code": 1}}, False, "exception"),
+    ({"status": "Failed", "run_result": {"status": "TimeLimitExceeded"}}, False, "timeout"),
+    ({"status": "Failed", "run_result": {"status": "Error"}}, None, "sandbox-error"),
+    ({"status": "SandboxError", "message": "busy"}, None, "sandbox-error"),
+    ({"status": "Success"}, None, "sandbox-error"),
+    ({"status": "Success", "run_result": []}, None, "sandbox-error"),
+    ({"status": "Success", "run_result": [FINISHED]}, None, "sandbox-error"),
+    ({"status": "Success", "run_result": {}}, None, "sandbox-error"),
+    ({"status": "Success", "run_result": FINISHED | {"stdout": [4]}}, None, "sandbox-error"),
+    ({"status": ["Success"], "run_result": FINISHED}, None, "sandbox-error"),
+    ({"run_result": FINISHED}, None, "sandbox-error"),
+    ({}, None, "sandbox-error"),
+    ([], None, "sandbox-error"),
+    ("busy", None, "sandbox-error"),
+    (None, None, "sandbox-error"),
+]
+
+
+@pytest.mark.parametrize("reply, passed, word", REPLIES)
+def test_replies_of_a_server(monkeypatch, reply, passed, word):
+    monkeypatch.setattr("checkers.code.http_json", lambda url, request: reply)
+    result = run_program(DOUBLE, DOUBLE_TESTS, "http://server")
+    assert (result[0], result[1].split(":")[0]) == (passed, word)
+
+
+def test_a_server_gets_the_time_limit_of_the_tests(monkeypatch):
+    requests = []
+
+    def reply_to(url, request):
+        requests.append(request)
+        return {"status": "Success", "run_result": FINISHED}
+
+    monkeypatch.setattr("checkers.code.http_json", reply_to)
+    run_program(DOUBLE, DOUBLE_TESTS | {"seconds": 6}, "http://server")
+    assert requests[0]["run_timeout"] == 6

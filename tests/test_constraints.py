@@ -389,6 +389,7 @@ SPECIAL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ifeval.CONSTRAINTS))
 def test_time_grows_with_the_text_alone(name):
     types = constraint_arguments.TYPES_OF[name]

@@ -275,6 +275,7 @@ def run_bench(stdout) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_standard_output_gets_the_table_and_then_the_numbers(tmp_path):
     """Whether it is a pipe, a file that the shell began (> log.txt), or one that goes on (>>)."""
     piped = run_bench(subprocess.PIPE)

@@ -134,6 +134,9 @@ def test_a_row_with_a_fault_is_refused_or_harmless(number):
         ({"domain": "writing", "judge": "rhyme", "topic": "xyz", "reference": "a"}, "rhyme"),
         ({"domain": "writing", "judge": "rhyme", "topic": "cat", "reference": 5}, "reference"),
         ({"domain": "code", "tests": {"asserts": "", "setup": 5}}, "setup"),
+        ({"domain": "code", "tests": {"asserts": "", "compare": "text"}}, "compare"),
+        ({"domain": "code", "tests": {"asserts": "", "compare": []}}, "compare"),
+        ({"domain": "code", "tests": {"asserts": "", "seconds": "5"}}, "seconds"),
         ({"domain": "agent", "gold_calls": [{"name": "f", "arguments": 5}]}, "gold call"),
         (
             {"domain": "math", "gym": {"task": "nope", "size": 2, "seed": 1, "index": 0}},

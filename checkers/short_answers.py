@@ -17,7 +17,7 @@ from checkers.closed_numbers import Number, both, is_rational, read_number
 from checkers.latex import LONGEST, bare, squeezed, without_stop
 from checkers.option_letters import option_of_response
 from checkers.statements import statements_of
-from checkers.units import is_symbol, plain_signs, unit_factors
+from checkers.unit_symbols import is_symbol, plain_signs, unit_factors
 
 TOLERANCE = Fraction(1, 100)  # relative, for numbers that are no integers
 LONGEST_QUANTITY = 400  # characters

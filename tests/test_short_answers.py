@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from checkers.quantities import read_quantity, short_answer_equal
-from checkers.units import unit_factors
+from checkers.short_answers import read_quantity, short_answer_equal
+from checkers.unit_symbols import unit_factors
 
 # (reference, answers that are right)
 RIGHT = [
