@@ -10,11 +10,12 @@ no numbers. "About" and the usual words may stand around an answer: "The answer 
 """
 
 import re
+import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
 from checkers.closed_numbers import Number, both, is_rational, read_number
-from checkers.latex import LONGEST, bare, squeezed, without_stop
+from checkers.latex import LONGEST, bare, without_stop
 from checkers.option_letters import option_of_response
 from checkers.statements import statements_of
 from checkers.unit_symbols import is_symbol, plain_signs, unit_factors
@@ -51,10 +52,12 @@ def short_answer_equal(answer: str, reference: str, match: str | None = None) ->
 
 # ---------------- numbers ----------------
 
-# What may stand before a number: "approximately", "x =", "about".
+# What may stand before a number: "approximately", "x =", "\\Delta H =", "E deg_{cell} =", "pH".
 LEAD = re.compile(
     r"(?:(?:approximately|approx\.?|about|around|roughly|circa|nearly)\b|~|\\approx\b|\\sim\b|="
-    r"|[A-Za-z](?:_\{?\w{1,9}\}?)?\s{0,3}(?:=|\\approx\b))\s{0,3}",
+    r"|(?:a\s)?pH(?:\sof)?\s(?=\s{0,3}[-+\d.])"
+    r"|(?:(?:\\Delta|Δ)\s{0,3})?[A-Za-z]{1,3}(?:\s?deg\s?)?(?:_\{?\w{1,9}\}?)?"
+    r"\s{0,3}(?:=|\\approx\b))\s{0,3}",
     re.IGNORECASE,
 )
 # The number's part of a quantity; the unit begins at the first other letter.
@@ -88,7 +91,7 @@ def read_quantity(text: str) -> Quantity | None:
     """The number and unit that the whole text is; None if it is anything else."""
     if len(text) > LONGEST_QUANTITY:
         return None
-    text = plain_signs(without_stop(bare(text)))
+    text = plain_signs(without_stop(bare(text)).strip("\"'“”"))
     for _ in range(2):  # "x = about 5"
         text = text[lead.end() :] if (lead := LEAD.match(text)) else text
     text = TIMES.sub(r"\\times ", TAIL.sub("", text))
@@ -149,6 +152,7 @@ def units_agree(unit: dict[str, int], reference: dict[str, int]) -> bool:
 
 QUOTES = str.maketrans("", "", "\"'“”‘’«»{}_")
 CHEMISTRY = re.compile(r"\\ce\b")
+GREEK = re.compile(r"\\(alpha|beta|gamma|delta|epsilon|kappa|lambda|mu|sigma|omega)(?![A-Za-z])")
 SAYS = re.compile(r"\banswer\b|^(?:it|this|that) is\b", re.IGNORECASE)
 
 
@@ -159,17 +163,35 @@ def texts_equal(answer: str, reference: str) -> bool:
     expected = normalised(reference)
     if normalised(answer) == expected:
         return True
-    if re.search(r"\d", reference) and squeezed(answer) == squeezed(reference):
-        return True  # 3 : 1
+    if re.search(r"\d|[-+]$", bare(reference)) and formula(answer) == formula(reference):
+        return True
     statements = statements_of(answer) if SAYS.search(answer) else []
     return normalised(statements[0]) == expected if statements else False
 
 
+# In Fe^{3+}, sp^3 and 1s^2 2s^2, but not in H^2O
+RAISED = re.compile(r"\^(?=\d{0,2}[-+]?(?:\s|$|[,.)]|\d[spdf]))")
+
+
+def formula(text: str) -> str:
+    """A chemical formula, a configuration or a ratio without marks: Fe^{3+} and Fe³⁺ as Fe3+.
+
+    Case counts: CO is not Co.
+    """
+    text = CHEMISTRY.sub("", bare(text)).translate(str.maketrans("", "", "_{}"))
+    return "".join(RAISED.sub("", without_stop(text)).split())
+
+
 def normalised(text: str) -> str:
     """The text in small letters, without quotation marks, a leading article and surplus space."""
-    text = CHEMISTRY.sub("", text)
+    text = GREEK.sub(greek_letter, CHEMISTRY.sub("", text))
     text = " ".join(bare(text).translate(QUOTES).lower().split()).strip(" .,;:!*")
     return re.sub(r"^(?:a|an|the) (?=\S)", "", text)
+
+
+def greek_letter(match: re.Match) -> str:
+    """The letter of a LaTeX command such as \\alpha."""
+    return unicodedata.lookup(f"GREEK SMALL LETTER {match[1].replace('lambda', 'lamda').upper()}")
 
 
 def last_word(text: str) -> list[str]:

@@ -95,6 +95,7 @@ def unit_factors(text: str) -> dict[str, int] | None:
     text = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text).strip().rstrip(".")
     text = re.sub(r"\bdeg(?:rees?)?\s{0,3}(?:[Cc]elsius|C)\b", "degC", text)
     text = re.sub(r"\bdeg(?:rees?)?\s{0,3}(?:[Ff]ahrenheit|F)\b", "degF", text)
+    text = re.sub(r"\bmm\s{0,3}Hg\b", "mmHg", text)
     factors: dict[str, int] = {}
     sign, before, last = 1, 1, ""
     position = 0

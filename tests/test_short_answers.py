@@ -148,6 +148,33 @@ PAIRS_RIGHT = [(reference, answer) for reference, answers in RIGHT for answer in
 PAIRS_WRONG = [(reference, answer) for reference, answers in WRONG for answer in answers]
 
 
+@pytest.mark.parametrize(
+    "reference, answer",
+    [
+        ("7.4", "pH = 7.4"),
+        ("7.4", "pH 7.4"),
+        ("-285.8 kJ/mol", "ΔH = −285.8 kJ/mol"),
+        ("-285.8 kJ/mol", "$\\Delta H = -285.8$ kJ/mol"),
+        ("0.82 V", "E^{\\circ}_{cell} = +0.82 V"),
+        ("Fe^{3+}", "Fe3+"),
+        ("sp^3", "sp³"),
+        ("C6H12O6", "\\text{C}_6\\text{H}_{12}\\text{O}_6"),
+        ("1s^2 2s^2", "1s^{2}2s^{2}"),
+        ("Na+", "$\\text{Na}^+$"),
+        ("α-helix", "\\alpha-helix"),
+        ("760 mmHg", "760 mm Hg"),
+        ("42", '"42"'),
+    ],
+)
+def test_names_formulas_and_quotation_marks(reference, answer):
+    assert short_answer_equal(answer, reference)
+
+
+def test_formulas_that_differ():
+    for reference, answer in (("Fe^{3+}", "Fe2+"), ("Na+", "Na-"), ("sp3", "sp2"), ("7.4", "pH 8")):
+        assert not short_answer_equal(answer, reference)
+
+
 @pytest.mark.parametrize("reference, answer", PAIRS_RIGHT)
 def test_an_answer_that_is_the_reference(reference, answer):
     assert short_answer_equal(answer, reference) is True
