@@ -263,8 +263,6 @@ def check_constraints(row: dict) -> list[tuple[str, dict]]:
 
     Returns (row id, constraint) for each constraint that the package if-verifiable judges.
     """
-    if row["domain"] == "if" and "gym" not in row and not row["constraints"]:
-        raise UserError(f"row {row['id']}: no constraints: every response would be right")
     by_package = row.get("checker") == "constraints"
     packaged = []
     for constraint in row.get("constraints", []):
@@ -276,6 +274,9 @@ def check_constraints(row: dict) -> list[tuple[str, dict]]:
 # ---------------- format ----------------
 
 
+SPECIAL_TOKEN = re.compile(r"(?:<\|\w{1,20}\|>|</s>)\s{0,9}$")  # which no tokenizer took out
+
+
 def read_answer(response: str, row: dict, scheme: str) -> tuple[str | None, str]:
     """Call extract_answer by the rules of the scheme and the row's domain."""
     if scheme == "lenient":
@@ -283,7 +284,7 @@ def read_answer(response: str, row: dict, scheme: str) -> tuple[str | None, str]
         # A thought may speak of its own end: the last </think> counts. One that was opened, after
         # whatever text, must be closed.
         if closing or "<think>" not in response:
-            response = f"</think>{rest}"
+            response = f"</think>{SPECIAL_TOKEN.sub('', rest)}"
     # A box holds a short answer. Elsewhere it would hide the rest, and also where the answer is an
     # option's letter: "so \\boxed{x^2}. Answer: D", "\\boxed{A}, or maybe B".
     is_short = "gym" in row or row["domain"] in ("math", "science")
@@ -311,6 +312,8 @@ def extract_answer(
     if strict and not (text.startswith("<think>") and text.count("<think>") == 1):
         return None, "response must begin with one <think>"
     thought, rest = text.split("</think>")
+    if "<think>" in rest:
+        return None, "a second <think>"
 
     # 2. The answer is in the rest: in tags, or without them all of it.
     opened, closed = rest.count("<answer>"), rest.count("</answer>")
@@ -341,9 +344,10 @@ def extract_answer(
     return answer, ""
 
 
-BOX = re.compile(r"\\(?:boxed|fbox)[ \t]*(\{|\w)?")
-# What may stand between boxes that are one answer: \boxed{3}, \boxed{5} and \boxed{7}.
-BETWEEN_BOXES = re.compile(r"[\s,;$]{0,20}(?:and|or)?[\s,;$]{0,20}")
+# \\boxed{3}, \\boxed {3}, \\boxed 3
+BOX = re.compile(r"\\(?:boxed|fbox|framebox)[ \t]*(\{|[-+]?\w[\w.,/]{0,40})?")
+# What may stand between boxes that are one answer: \\boxed{3}, \\boxed{5} and \\boxed{7}.
+BETWEEN_BOXES = re.compile(r"[\s,;$]{0,20}(?:\\text\{)?\s{0,3}(?:and|or)?\s{0,3}\}?[\s,;$]{0,20}")
 
 
 def boxed(text: str) -> str | None:
@@ -359,7 +363,8 @@ def boxed(text: str) -> str | None:
         if box[1] == "{":
             stop = closing_of.get(start - 1, -1)
         elif box[1]:  # \boxed 3
-            start -= 1
+            start = box.start(1)
+            stop = start + len(box[1].rstrip(".,"))
         else:
             stop = -1
         if stop < start:

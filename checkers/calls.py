@@ -25,7 +25,7 @@ def read_calls(answer: str) -> list[dict] | None:
     last fenced block, or what begins at a bracket after some prose.
     """
     try:
-        if OPENING in answer:
+        if OPENING in answer and not answer.lstrip().startswith(("{", "[")):
             return tagged_calls(answer)
         return calls_in_json(last_block(answer))
     except UNREADABLE:
@@ -42,10 +42,13 @@ def tagged_calls(answer: str) -> list[dict]:
     position = 0
     while (tag := answer.find(OPENING, position)) >= 0:
         value, position = decode_at(answer, tag + len(OPENING))
-        calls.append(normal_call(value))
+        values = value if isinstance(value, list) else [value]
+        calls += [normal_call(value) for value in values]
         rest = answer[position : position + 100].lstrip()
         if rest and not rest.startswith((CLOSING, OPENING)):
             raise ValueError("more than a call in a block")
+    if '{"name"' in answer[position:]:
+        raise ValueError("a call outside the blocks")
     return calls
 
 
@@ -61,8 +64,12 @@ def calls_in_json(text: str) -> list[dict]:
         try:
             value, position = decode_at(text, start)
         except ValueError:
+            if text[start + 1 : start + 50].lstrip().startswith("{"):
+                raise  # a list of calls that is cut off
             continue
         values = value if isinstance(value, list) else [value]
+        if not all(isinstance(value, dict) for value in values):
+            continue  # such as [1] in prose
         calls = [normal_call(value) for value in values]
         if "{" in text[position:]:  # several objects, one after the other
             calls += calls_in_json(text[position:].lstrip(" \n\t,;"))

@@ -333,7 +333,7 @@ class Parser:
             return False
         if left.value.denominator != 1 or self.tokens[self.position - 1].kind != "number":
             return False
-        if self.at("\\frac"):
+        if self.at("\\frac") or (self.at("{") and self.peek(1).text == "\\frac"):
             return True
         following = [self.peek(i) for i in range(3)]
         return following[0].kind == following[2].kind == "number" and following[1].text == "/"
@@ -353,7 +353,7 @@ class Parser:
         token = self.peek()
         if token.kind == "number":
             return self.peek(1).text == "/"  # 2 1/3
-        if token.text in ("\\sqrt", "\\frac", "\\pi", "\\binom", "(", "{", "e"):
+        if token.text in ("\\sqrt", "\\frac", "\\pi", "pi", "\\binom", "(", "{", "e"):
             return True
         return token.text.lstrip("\\") in FUNCTIONS
 
@@ -395,6 +395,8 @@ class Parser:
         token = self.take()
         if token.kind == "number":
             return self.number(token)
+        if token.text == "." and self.at("\\overline", "\\dot", "\\bar"):
+            return self.number(token._replace(text="0."))
         if token.text in OPENING:
             inside = self.expression()
             self.expect(OPENING[token.text])
@@ -526,9 +528,13 @@ NO_UNITS = frozenset(
     "probably guess unsure either neither both other others could might may no yes so "
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety "
-    "hundred thousand million billion trillion half third quarter dozen".split()
+    "hundred thousand million billion trillion half third quarter dozen halves thirds quarters "
+    "fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths least most nope "
+    "answer the unknown unlikely".split()
 )
-UNIT = re.compile(r"[A-Za-zΩ]+(?:\^(?:\{-?\d\}|-?\d))?|[\s/*().-]|\\cdot|\^\{?\\circ\}?|\^\{\d\}")
+UNIT = re.compile(
+    r"[€£¥¢₹元]|[A-Za-zΩ]+(?:\^(?:\{-?\d\}|-?\d))?|[\s/*().-]|\\cdot|\^\{?\\circ\}?|\^\{\d\}"
+)
 MOST_UNIT_WORDS = 6
 PERCENT = re.compile(r"\s*(?:%|percent\b)")
 
@@ -536,6 +542,8 @@ PERCENT = re.compile(r"\s*(?:%|percent\b)")
 def unit_of(text: str) -> str | None:
     """The unit that the text after a number is; None if it is something else."""
     text = re.sub(r"\\frac\{([^{}\\]*)\}\{([^{}\\]*)\}", r" \1/\2", text)  # \frac{m}{s}
+    if ".." in text:
+        return None  # nobody knows how it goes on
     is_apart = not text[:1].isalpha()
     position = 0
     pieces = []
@@ -570,6 +578,17 @@ def is_unit_word(word: str, is_apart: bool) -> bool:
 # ---------------- the whole text ----------------
 
 
+# How words and letters write a number: (what is matched, what becomes of it)
+WORDS_AND_SIGNS = [
+    (re.compile(r"^(?:USD|EUR|GBP|INR|RMB|CNY|Rs\.?)\s+(?=[-+\d])"), ""),
+    (re.compile(r"^(?:negative|minus)\s+(?=\d)"), "-"),
+    (re.compile(r"^(-?\d{1,9}) and (?=\d{1,9}/\d)"), r"\1 "),  # 1 and 1/2
+    (re.compile(r"(?<=\d)\s?[xX]\s?(?=10\s?\^)"), r"\\times "),  # 3.2 x 10^5
+]
+MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+MULTIPLE = re.compile(r"\s{0,3}(hundred|thousand|million|billion|trillion)\b")
+
+
 def read_number(text: str) -> Number | None:
     """The number that the text is, unit included; None if the text is anything else.
 
@@ -578,6 +597,8 @@ def read_number(text: str) -> Number | None:
     text = text.strip().lstrip(CURRENCIES).strip()
     if not text or len(text) > LONGEST:
         return None
+    for pattern, replacement in WORDS_AND_SIGNS:
+        text = pattern.sub(replacement, text)
     text = re.sub(r"^(-?\d{1,3})((?: \d{3})+)(?= |$)", join_groups, text)
     parser = Parser(text)
     try:
@@ -585,6 +606,10 @@ def read_number(text: str) -> Number | None:
     except (NotClosed, OverflowError, ZeroDivisionError, RecursionError):
         return None
     rest = text[parser.tokens[parser.position - 1].end :]
+    multiple = MULTIPLE.match(rest)
+    if multiple and parser.tokens[parser.position - 1].kind == "number":  # 2.5 million
+        number = number._replace(value=number.value * 10 ** MULTIPLES[multiple[1]])
+        rest = rest[multiple.end() :]
     percent = PERCENT.match(rest)
     if percent:
         number = number._replace(percent=True)

@@ -36,6 +36,8 @@ SIGNS = str.maketrans(
         "√": r"\sqrt ",
         "∅": r"\emptyset ",
         "°": r"^\circ ",
+        "º": r"^\circ ",
+        "℃": r"^\circ C",
         "…": r"\ldots ",
         # relations and sets
         "≤": r"\le ",
@@ -81,15 +83,21 @@ SYNONYMS = {
     "cdots": "ldots",
     "dotsc": "ldots",
     "ast": "times",
-    "degree": "circ",
+    "leqq": "le",
+    "geqq": "ge",
+    "lbrace": "{",
+    "rbrace": "}",
     "lvert": "vert",
     "rvert": "vert",
 }
 # Commands that only change how things look.
 LOOKS = frozenset(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits rm bf it sf tt "
-    "bfseries itshape".split()
+    "bfseries itshape tiny small normalsize large Large LARGE huge Huge checkmark blacksquare "
+    "square mathdollar cent pounds euro".split()
 )
+# Commands that a sign stands for.
+PLAIN = {"colon": ":", "lt": "<", "gt": ">", "degree": r"^\circ "}
 SPACES = frozenset(("quad", "qquad", "thinspace", "enspace"))
 # Commands whose argument is set in another font. The argument counts, the font does not.
 FONTS = frozenset(
@@ -97,6 +105,24 @@ FONTS = frozenset(
     "mathnormal boldsymbol bm operatorname emph underline".split()
 )
 WORDS = frozenset("text textbf textit textrm textsf texttt textnormal mbox emph".split())
+
+# Spellings that are brought to one: (what is matched, what becomes of it). All are bounded.
+SPELLINGS = [
+    (re.compile(r"(?<=[\w)])\*\*(?=[\d(-])"), "^"),  # Python's power; else ** marks bold text
+    (re.compile(r"\*\*"), ""),
+    (re.compile(r"!=|/=|=/="), r"\\ne "),
+    (re.compile(r">\s?="), r"\\ge "),
+    (re.compile(r"<\s?="), r"\\le "),
+    (re.compile(r"=="), "="),
+    (re.compile(r"\\(?:color|textcolor|colorbox)\s?\{[^{}]{0,30}\}"), ""),
+    (re.compile(r"\{([-+])\}"), r"\1"),
+    (re.compile(r"\{([^{}\\]{1,20})\\over\s?([^{}\\]{1,20})\}"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\\\\\[[^\]]{0,9}\]"), r"\\\\"),  # \\[4pt]
+    (re.compile(r"\\(?:begin|end)\{(?:aligned|align\*?|split|gathered|equation\*?)\}|&(?==)"), ""),
+    (re.compile(r"\^\s{0,3}\{\s{0,3}\\circ\s{0,3}\}|\^o(?![A-Za-z])"), r"^\\circ "),
+]
+# Signs around an answer that mean nothing.
+DECORATION = ' \t\n\r*_"“”‘’•#✓✔✅;,。、'
 
 TOKEN = re.compile(r"\\[A-Za-z]+\*?|\\.|.", re.DOTALL)
 
@@ -140,8 +166,8 @@ def bare(text: str) -> str:
     \textbf{(B)}\ 5  →  (B)  5        $\dfrac{1}{2}$.  →  \frac{1}{2}        12\,345  →  12345
     """
     text = one_spelling(text[: LONGEST + 1])
-    # In Python ** is a power; elsewhere it marks bold text.
-    text = re.sub(r"(?<=[\d)])\*\*(?=[\d(-])", "^", text).replace("**", "")
+    for pattern, replacement in SPELLINGS:
+        text = pattern.sub(replacement, text)
     pieces = []
     open_braces = []  # for each open brace, whether it is kept
     font = ""  # the font command whose argument must come next
@@ -156,7 +182,7 @@ def bare(text: str) -> str:
         else:
             pieces.append(bare_token(token))
         font = token[1:].rstrip("*") if token[1:].rstrip("*") in FONTS else ""
-    return join_thousands("".join(pieces)).strip()
+    return join_thousands("".join(pieces)).rstrip("\\ ").strip(DECORATION)
 
 
 def bare_token(token: str) -> str:
@@ -166,6 +192,8 @@ def bare_token(token: str) -> str:
     if not token.startswith("\\") or token == "\\":
         return token
     name = token[1:].rstrip("*")
+    if name in PLAIN:
+        return PLAIN[name]
     if name in FONTS or name in LOOKS or name in ("(", ")", "[", "]", "!", "$"):
         return ""
     if name in SPACES or name in (":", ";", " "):
@@ -184,6 +212,7 @@ def join_thousands(text: str) -> str:
     numbers, so closed_numbers decides about those.
     """
     text = re.sub(r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ",", text)
+    text = re.sub(r"(?<=\d)\{~\}(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(?<=\d)~(?=\d{3}(?!\d))", "", text)
     return text.replace("~", " ")
 
@@ -198,7 +227,8 @@ def without_stop(text: str) -> str:
 
 def squeezed(text: str) -> str:
     """The bare text without white space, outer braces and a final full stop."""
-    text = without_stop("".join(bare(text).split()))
+    text = re.sub(r"(?<=\d)\s+(?=\d)", "\0", bare(text))  # 1 2/5 is not 12/5
+    text = without_stop("".join(text.split()))
     closing_of = paired_braces(text)
     start, stop = 0, len(text) - 1
     while stop > start and closing_of.get(start) == stop:

@@ -21,6 +21,7 @@ answer is 30." An answer that does not commit itself ("maybe 30") is wrong.
 
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 from checkers.closed_numbers import Number, equal, is_rational, read_number
 from checkers.latex import LONGEST, bare, squeezed, without_stop
@@ -101,14 +102,17 @@ def numbers_of(text: str) -> list[Number]:
     An equation is its last side, if the others can be read: see last_side.
     """
     text = OPTION.sub("", without_stop(text).strip("\"'"))
-    sides = [side for side in ABOUT.split(text) if side.strip()]
+    first, *sides = ABOUT.split(text)
+    if first.strip():
+        sides.insert(0, first)  # ≈ 5 has nothing before it
     if not 1 <= len(sides) <= 2:
         return []
     numbers = []
     for side in sides:
         number = last_side(side)
-        if number is not None:
-            numbers.append(number)
+        if number is None or is_hedged(number.unit):
+            return []
+        numbers.append(number)
     if len(numbers) == 2 and abs(numbers[0].value - numbers[1].value) * 50 > abs(numbers[0].value):
         return []
     return numbers
@@ -117,7 +121,7 @@ def numbers_of(text: str) -> list[Number]:
 def last_side(text: str) -> Number | None:
     """The number on the last side of an equation, or of a text without "=".
 
-    Only the first side may hold a variable, as in x = 25 + 5 = 30. 1 = 3 says nothing.
+    Only the first side may hold variables, as in x = 25 + 5 = 30. 1 = 3 says nothing.
     """
     *sides, last = EQUALS.split(text)
     number = read_number(last)
@@ -126,30 +130,68 @@ def last_side(text: str) -> Number | None:
     for i, side in enumerate(sides):
         other = read_number(side)
         if other is None:
-            if i > 0 or is_hedged(side) or "," in side or len(side) > 100:
+            if i > 0 or not names_number(side):
                 return None
         elif other.final and not equal(other, number):
             return None
     return number
 
 
+RELATION_SIGNS = re.compile(r"[<>]|\\(?:le|ge|ne|in)(?![A-Za-z])")
+# What has a name: x, x_1, f(3), |S|, P(A)
+NAMED = re.compile(
+    r"\\?[A-Za-z]+(?:_(?:\{[^{}]{1,20}\}|\w))?'{0,2}(?:\([^()]{0,40}\))?|\|[^|]{1,20}\|"
+)
+
+
+def names_number(side: str) -> bool:
+    """Can the left side of an equation be the name of its right side?
+
+    m + n can. 2x cannot: 2x = 7 is an equation to be solved.
+    """
+    if is_hedged(side) or len(side) > 100 or RELATION_SIGNS.search(side):
+        return False
+    if "," in re.sub(r"\([^()]{0,60}\)", "", side):
+        return False
+    if NAMED.fullmatch("".join(side.split())):
+        return True
+    letters = set(re.findall("[A-Za-z]", re.sub(r"\\[A-Za-z]+", " ", side)))
+    return len(letters) != 1 or re.search(r"[-+*/^!\d]|\\(?:sqrt|frac)", side) is None
+
+
 # ---------------- other bases, ratios ----------------
 
-BASED = re.compile(r"(-?[\dA-Fa-f]+)_(?:\{(\d+)\}|(\d))")
+BASED = re.compile(
+    r"\(?(-?[\dA-Fa-f]+)\)?(?:_\{?\(?(\d+|[a-z]+)\)?\}?|base-?(\d+|[a-z]+))", re.IGNORECASE
+)
+BASE_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen"
+).split()
+
+
+def based(text: str) -> tuple[str, str] | None:
+    """(digits, base) of a numeral such as 1011_2, (1011)_{two} or 1011 base 2; else None."""
+    match = BASED.fullmatch("".join(text.split()))
+    if match is None:
+        return None
+    base = (match[2] or match[3]).lower()
+    if base in BASE_WORDS:
+        base = str(BASE_WORDS.index(base))
+    return (match[1].upper(), base) if base.isdigit() else None
 
 
 def compare_based(answer: str, reference: str) -> bool | None:
     """If the reference is a numeral with a base: has the answer its digits, and no other base?"""
-    expected = BASED.fullmatch("".join(reference.split()))
+    expected = based(reference)
     if expected is None:
         return None
     for reading in readings(answer):
-        *_, text = EQUALS.split(without_stop("".join(reading.split())))
-        numeral = BASED.fullmatch(text)
+        *_, text = EQUALS.split(without_stop(reading))
+        numeral = based(text)
         if numeral:
-            same_base = (numeral[2] or numeral[3]) == (expected[2] or expected[3])
-            return same_base and numeral[1] == expected[1]
-        if text == expected[1]:
+            return numeral == expected
+        if "".join(text.split()).upper() == expected[0]:
             return True
     return False
 
@@ -173,8 +215,20 @@ def compare_ratios(answer: str, reference: str) -> bool | None:
 WORDS = re.compile(r"\(?[A-Za-z][A-Za-z' ,.-]*\)?")
 
 
+# Signs that words stand for.
+SYMBOL_WORDS = {
+    "\\infty": "infinity",
+    "-\\infty": "negative infinity",
+    "\\emptyset": "empty set",
+    "\\mathbb{R}": "all real numbers",
+}
+
+
 def compare_words(answer: str, reference: str) -> bool | None:
     """If the reference is an option's letter or words: does the answer say them, in any case?"""
+    if squeezed(reference) in SYMBOL_WORDS:
+        expected = plain_words(SYMBOL_WORDS[squeezed(reference)])
+        return True if any(plain_words(text) == expected for text in readings(answer)) else None
     if re.fullmatch(r"\(?[A-J]\)?", reference):
         letter = reference.strip("()")
         return any(option_of(reading) == letter for reading in readings(answer))
@@ -186,13 +240,16 @@ def compare_words(answer: str, reference: str) -> bool | None:
 
 def option_of(text: str) -> str | None:
     """The letter in "B", "(B)" or "(B) 5"."""
-    match = re.match(r"\(?([A-J])(?:[).:](?=\s|$)|$)", text.strip())
+    match = re.match(r"(?:[Oo]ption\s)?\(?([A-J])(?:[).:](?=\s|$)|$)", text.strip())
     return match[1] if match else None
 
 
 def plain_words(text: str) -> list[str]:
-    """The words of a text in lower case, without punctuation."""
-    return re.findall(r"\w+", text.lower())
+    """The words of a text in lower case, without punctuation, articles and the s of a plural."""
+    text = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", text.lower())
+    text = text.replace("does not exist", "dne")
+    words = [word for word in re.findall(r"\w+", text) if word not in ("a", "an", "the")]
+    return [word[:-1] if len(word) > 4 and word.endswith("s") else word for word in words]
 
 
 # ---------------- lists ----------------
@@ -200,11 +257,24 @@ def plain_words(text: str) -> list[str]:
 BRACKETS = {"(": ")", "[": "]"}
 
 
+class Listed(NamedTuple):
+    """A list of closed numbers."""
+
+    brackets: str  # "()", "[]", "(]", "[)", "{}", or "" if there are none
+    labels: list[str]  # what stands before each number, as x in x = 1; "" if nothing does
+    numbers: list[Number]
+
+    def by_label(self) -> dict[str, Number]:
+        """{label: number}; {} if a label is missing or stands twice."""
+        named = dict(zip(self.labels, self.numbers))
+        return named if len(named) == len(self.numbers) and "" not in named else {}
+
+
 def compare_lists(answer: str, reference: str) -> bool | None:
     """If the reference is a list of closed numbers, and the answer too: are they the same?
 
     Brackets ( ) and [ ] keep an order, so they must be the same. Without them, and in \\{ \\}, the
-    order is free.
+    order is free, but labels as in x = 1, y = 2 are not.
     """
     expected = list_of(reference)
     if expected is None:
@@ -216,15 +286,15 @@ def compare_lists(answer: str, reference: str) -> bool | None:
     return None
 
 
-def list_of(text: str) -> tuple[str, list[Number]] | None:
-    """(brackets, numbers) of a list of closed numbers. A ± stands for two numbers."""
+def list_of(text: str) -> Listed | None:
+    """The list of closed numbers that a text is. A ± stands for two numbers."""
     text = without_stop(text)
     brackets = ""
     if text[:1] in BRACKETS and text[-1:] in BRACKETS.values():
         brackets, text = text[0] + text[-1], text[1:-1]
     elif text.startswith("\\{") and text.endswith("\\}"):
-        text = text[2:-2]
-    numbers = []
+        brackets, text = "{}", text[2:-2]
+    labels, numbers = [], []
     for item in re.split(r"[,;]|\band\b|\bor\b", text):
         if not item.strip() and numbers:
             continue  # "1, 2, and 3"
@@ -233,21 +303,44 @@ def list_of(text: str) -> tuple[str, list[Number]] | None:
             if number is None:
                 return None
             numbers.append(number)
-    return (brackets, numbers) if len(numbers) > 1 else None
+            labels.append(squeezed(version.partition("=")[0]) if "=" in version else "")
+    return Listed(brackets, labels, numbers) if len(numbers) > 1 else None
 
 
-def same_lists(given: tuple[str, list[Number]], expected: tuple[str, list[Number]]) -> bool | None:
-    """Are two lists the same? None if one has brackets and the other none."""
-    brackets, numbers = given
-    expected_brackets, rest = expected[0], list(expected[1])
-    if bool(brackets) != bool(expected_brackets):
-        return None
-    if brackets != expected_brackets or len(numbers) != len(rest):
+def same_lists(given: Listed, expected: Listed) -> bool | None:
+    """Are two lists the same? None if one has brackets of an order, and the other none."""
+    if len(given.numbers) != len(expected.numbers):
         return False
-    if brackets:
-        return all(equal(x, y) for x, y in zip(numbers, rest))
+    is_final = all(number.final and is_rational(number.value) for number in expected.numbers)
+    named, expected_named = given.by_label(), expected.by_label()
+    if named and expected_named and named.keys() == expected_named.keys():
+        pairs = [(named[label], expected_named[label]) for label in named]
+        return all(same_number(x, y, is_final) for x, y in pairs)
+    ordered = in_order(given), in_order(expected)
+    if None not in ordered and given.brackets + expected.brackets:
+        if given.brackets and expected.brackets and given.brackets != expected.brackets:
+            return False
+        return all(same_number(x, y, is_final) for x, y in zip(*ordered))
+    if "(" in given.brackets + expected.brackets or "[" in given.brackets + expected.brackets:
+        return False if given.brackets and expected.brackets else None
+    return same_sets(given.numbers, expected.numbers, is_final)
+
+
+def in_order(listed: Listed) -> list[Number] | None:
+    """The numbers, if they have an order: that of brackets, or of labels such as x and y."""
+    if listed.brackets[:1] in BRACKETS:
+        return listed.numbers
+    named = listed.by_label()
+    if named and all(re.fullmatch("[A-Za-z]", label) for label in named):
+        return [named[label] for label in sorted(named)]
+    return None
+
+
+def same_sets(numbers: list[Number], expected: list[Number], is_final: bool) -> bool:
+    """Are the numbers the same, in any order?"""
+    rest = list(expected)
     for number in numbers:
-        match = next((other for other in rest if equal(number, other)), None)
+        match = next((other for other in rest if same_number(number, other, is_final)), None)
         if match is None:
             return False
         rest.remove(match)
@@ -304,9 +397,16 @@ def is_mathematics(text: str, letters: set[str]) -> bool:
 
 
 RELATION = r"\s*(<|>|\\le\b|\\ge\b)\s*"
-VARIABLE = r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w\}?)?"
+VARIABLE = r"(?:[A-Za-z](?:\([a-z]\))?|\\[a-z]+)(?:_\{?\w\}?)?"
 ONE_BOUND = re.compile(rf"\s*({VARIABLE}){RELATION}([^<>=,]+?)\s*")
+BOUND_FIRST = re.compile(rf"\s*([^<>=,A-Za-z]+?){RELATION}{VARIABLE}\s*")
 TWO_BOUNDS = re.compile(rf"\s*([^<>=,]+?){RELATION}{VARIABLE}{RELATION}([^<>=,]+?)\s*")
+BOTH = re.compile(r"\band\b|\\wedge\b|\\land\b")
+SET_BUILDER = re.compile(
+    rf"\\\{{\s*{VARIABLE}(?:\s*\\in\s*\\mathbb\s?\{{?R\}}?)?\s*(?:\\mid|\\vert|\||:)(.+)\\\}}"
+)
+UNEQUAL = re.compile(rf"\s*{VARIABLE}\s*\\ne\s*([^<>=,]+?)\s*")
+MIRRORED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 LONGEST_INEQUALITY = 200  # characters
 IS_INTERVAL = re.compile(r"[(\[].*,.*[)\]]", re.DOTALL)
 
@@ -324,13 +424,33 @@ def interval_of(text: str) -> str | None:
     """x<-1 or x>=1 as (-\\infty,-1)\\cup[1,\\infty); None if it is no inequality."""
     if len(text) > LONGEST_INEQUALITY:
         return None
+    builder = SET_BUILDER.fullmatch(text.strip())
+    text = builder[1] if builder else text
     pieces = []
     for part in re.split(r"\bor\b|\\cup|\\lor|\\vee", text):
-        interval = two_bounds(part) or one_bound(part)
+        interval = two_bounds(part) or joined_bounds(part) or one_bound(part) or all_but_one(part)
         if interval is None:
             return None
         pieces.append(interval)
     return r"\cup".join(pieces)
+
+
+def joined_bounds(text: str) -> str | None:
+    """x>-1 and x<=6 as (-1,6]"""
+    bounds = [one_bound(part) for part in BOTH.split(text)]
+    if len(bounds) != 2 or None in bounds:
+        return None
+    low = next((bound for bound in bounds if bound.endswith(r"\infty)")), None)
+    high = next((bound for bound in bounds if bound.startswith(r"(-\infty")), None)
+    if low is None or high is None:
+        return None
+    return low.removesuffix(r"\infty)") + high.removeprefix(r"(-\infty,")
+
+
+def all_but_one(text: str) -> str | None:
+    """x \\ne 1 as (-\\infty,1)\\cup(1,\\infty)"""
+    match = UNEQUAL.fullmatch(text)
+    return rf"(-\infty,{match[1]})\cup({match[1]},\infty)" if match else None
 
 
 def two_bounds(text: str) -> str | None:
@@ -351,9 +471,13 @@ def two_bounds(text: str) -> str | None:
 def one_bound(text: str) -> str | None:
     """x<3 as (-\\infty,3)"""
     match = ONE_BOUND.fullmatch(text)
-    if match is None:
+    mirrored = BOUND_FIRST.fullmatch(text)
+    if match:
+        _, relation, bound = match.groups()
+    elif mirrored:
+        bound, relation = mirrored[1], MIRRORED[mirrored[2]]
+    else:
         return None
-    _, relation, bound = match.groups()
     if relation == "<":
         return rf"(-\infty,{bound})"
     if relation == ">":

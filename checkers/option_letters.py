@@ -8,7 +8,7 @@ r"""Which option of a multiple-choice question does a response name? "(C) 5 J" �
 The last line that says what the answer is counts. It must state one option, and neither this line
 nor a later one may put forward another. "No", "wait" and the like take back what came before them.
 Verdicts ("C is correct") and labels ("C. 5 J") count where no line says what the answer is; then
-all must agree.
+all must agree. The text of an option may name others: "D) A and B only", "C. I and III".
 
 All takes time in proportion to the text, because a model wrote it.
 """
@@ -59,7 +59,8 @@ LINK = re.compile(
 NOUN = re.compile(
     words(
         "answers? ans solution response conclusion options? choices? letter selection result "
-        r"(?:right|correct|best|proper|true|final|appropriate|accurate)_\w{2,12}"
+        r"(?:right|correct|best|proper|true|final|appropriate|accurate)_\w{2,12} "
+        "(?:statement|one)_(?:that|which)_is_(?:true|correct|right)"
     )
     + f"(?={FILLED})",
     re.IGNORECASE,
@@ -68,7 +69,7 @@ DIRECT = re.compile(r"\bans(?:wer)?[\s(]{0,4}$", re.IGNORECASE)  # "Answer B"
 CHOICE = re.compile(
     words(
         "choose chose choosing picks? picked select selects selected go_with going_with went_with "
-        "opt_for opting_for vote_for vote settle_on bet_on stick_with "
+        "go_for going_for went_for opt_for opting_for vote_for vote settle_on bet_on stick_with "
         "(?:corresponds?_to|match(?:es|ing)?|which_is|this_is|that_is)_(?:the_)?(?:option|choice)"
     )
     + FILLED,
@@ -82,14 +83,21 @@ CONCLUSION = re.compile(
     + FILLED,
     re.IGNORECASE,
 )
+# "We get C." says what the answer is only if the sentence ends there.
+OBTAINED = re.compile(
+    words("(?:we|I|you)_(?:get|got|obtain|obtained) which_is") + FILLED,
+    re.IGNORECASE,
+)
+SENTENCE_OVER = re.compile(r"[\s:.!)]{0,6}$")
 DENIED_BEFORE = re.compile(
     "(?:"
     + words(
         "not never neither nor except excluding excludes? excluded unlike cannot rather_than "
         r"instead_of other_than ruling_out ruled_out rules?_out eliminat\w+ discard\w* reject\w* "
-        r"dismiss\w* doubt against (?:anything|everything|all|any)_but"
+        r"dismiss\w* doubt against (?:anything|everything|all|any)_but "
+        "not_the_case_that not_true_that false_that untrue_that"
     )
-    + r"|n't\b)"
+    + r"|n't\s{1,3}(?:the\s{1,3}case|true)\s{1,3}that\b|n't\b)"
     + FILLED,
     re.IGNORECASE,
 )
@@ -97,7 +105,7 @@ DOUBTED_BEFORE = re.compile(
     words(
         "or maybe perhaps possibly might could may either alternatively unless also both whether "
         "otherwise else if_not as_well_as along_with together_with plus in_addition_to as_is so_is "
-        "as_does so_does same_for likewise"
+        "as_does so_does same_for likewise equivalently equally second_(?:guess|choice|pick|best)"
     )
     + FILLED,
     re.IGNORECASE,
@@ -116,6 +124,8 @@ QUESTION = re.compile(r"why\b", re.IGNORECASE)
 NAME = re.compile(r"\b[A-HJ-Z]\b")
 # Between two letters that are not told apart: A then B, A -> B
 JOINED = re.compile(r"\s{0,3}(?:[=-]{0,2}>|then|to|through|vs|with)?\s{0,3}", re.IGNORECASE)
+# After two letters: A if x > 0 and B if x < 0
+CONDITION = re.compile(r":?\s{1,3}(?:if|when|for(?!\s{1,3}sure))\b", re.IGNORECASE)
 # From here to the next conclusion, a sentence gives reasons.
 REASON = re.compile(
     words("because since as due_to given_that while whereas although though"), re.IGNORECASE
@@ -147,9 +157,14 @@ WRONG = words(
 )
 RIGHT = words(
     "right correct true best answer valid appropriate accurate fits works holds matches remains "
-    "satisfies it option choice one pick likely"
+    "satisfies it option choice one pick likely supported closest nearest better(?!_than)"
 )
 DENIED_AFTER = re.compile(rf":?{STEPS}(?:\s{{1,3}}{WRONG}|n't\b)", re.IGNORECASE)
+# "B) Not enough information", "C: No change": the option's own text
+TEXT_AFTER = re.compile(
+    rf":\s{{1,3}}(?:Not|No|Never)\s{{1,3}}(?!{RIGHT}|{WRONG}|{ADVERBS}|{VERBS})[a-z]"
+)
+FALSE_AFTER = re.compile(r":\s{1,3}(?:False|No|Never|Impossible|Invalid|Inconsistent)\b")
 VERDICT_AFTER = re.compile(
     rf":?{STEPS}\s{{1,3}}{RIGHT}|:?\s{{1,3}}is[.!\s]{{0,3}}$|\s{{1,3}}as\s{{1,3}}the\s{{1,3}}"
     r"(?:(?:correct|right|best|final)\s{1,3})?(?:answer|option|choice)\b",
@@ -190,10 +205,22 @@ NEAR = frozenset(FILLERS.lower().split()) | frozenset(
     "while whereas although though if when picks picked selects selected choosing vote bet on "
     "leaving leaves leave remains no wait actually rather ans solution response conclusion "
     "selection result whether unless alternatively except solutions letters note true proper "
-    "confident sure meaning namely also through vs course otherwise else plus".split()
+    "confident sure meaning namely also through vs course otherwise else plus equivalently equally "
+    "get gets got obtain obtained obtains give gives giving yield yields make makes making".split()
 )
+# Where I is a Roman numeral: "I and III", "I only", "Only I", "statement I"
+ROMAN_AFTER = re.compile(
+    r"(?:\s?[,;/&:-])?\s{0,3}(?:(?:and|or|nor)\s{1,3})?\(?(?:I{2,3}|I?V)\b|\s{1,3}only\b",
+    re.IGNORECASE,
+)
+ROMAN_BEFORE = re.compile(
+    r"\b(?:Only|[Ss]tatements?|(?:I{2,3}|I?V)\)?(?:,|,?\s{1,3}(?:and|or|nor)|\s?&))\s{0,3}$"
+)
+LETTERS = "ABCDEFGHIJ"  # of most options; others need a label's shape or a word before them
+OPTION_BEFORE = re.compile(words("options? choices? answers? letter"), re.IGNORECASE)
+LABEL_AFTER = re.compile(r"\s{0,3}(?:[.:]|$)")
 LAST_WORD = re.compile(r"([A-Za-z']+)\s*$")
-ARGUMENT = re.compile(r"\w\($")
+ARGUMENT = re.compile(r"\w\((?:[A-Z]\s?[|,]\s?)?$")
 NUMBER_BEFORE = re.compile(r"\d\s*$")
 # After the article A and the pronoun I stand other words than after the options of that name.
 NEXT_WORD = re.compile(r"\s{1,3}([a-z][a-z']*)")
@@ -201,7 +228,7 @@ AFTER_A = frozenset(
     "is isn't was wasn't and or nor but because since as not only would could might may can can't "
     "cannot must should seems looks fits works has does doesn't violates with by for here which "
     "that instead rather too also remains alone if unless while whereas then so due given in on "
-    "to contradicts fails matches holds satisfies depends are were coincide differ".split()
+    "to contradicts fails matches holds satisfies depends are were coincide differ the".split()
 )
 AFTER_I = frozenset("is isn't and or nor because since not only".split())
 AFTER = {"A": AFTER_A, "I": AFTER_I}
@@ -228,10 +255,19 @@ def marked(sentence: str) -> str:
 def mark(match: re.Match) -> str:
     """What marked() makes of one letter."""
     if match["enclosed"]:
+        if match["enclosed"] == "I" and is_roman(match):
+            return match[0]
         return f"[{match['enclosed']}]:"
     if not is_option(match):
         return match[0]
     return f"[{match['letter']}]" + (":" if match["closed"] else "")
+
+
+def is_roman(match: re.Match) -> bool:
+    """Is this I a Roman numeral, by what stands beside it?"""
+    text = match.string
+    before = text[max(0, match.start() - 30) : match.start()]
+    return bool(ROMAN_AFTER.match(text, match.end()) or ROMAN_BEFORE.search(before))
 
 
 def is_option(match: re.Match) -> bool:
@@ -242,6 +278,14 @@ def is_option(match: re.Match) -> bool:
         return False  # a unit, or a variable
     if ARGUMENT.search(before):
         return False  # P(A)
+    if letter == "I" and is_roman(match):
+        return False
+    if letter not in LETTERS and not (
+        match["closed"]
+        or OPTION_BEFORE.search(before)
+        or (not before.strip(" (") and LABEL_AFTER.match(text, match.end()))
+    ):
+        return False
     last_word = LAST_WORD.search(before)
     if last_word and last_word[1].lower() not in NEAR:
         return False
@@ -263,6 +307,7 @@ def remarks_of(sentence: str, line: int) -> list[Remark]:
     remarks = []
     if TAKEN_BACK.search(sentence[: min(start, WINDOW)]):
         remarks.append(Remark("taken back", line=line))
+    conditions = sum(1 for group in groups if CONDITION.match(sentence, group.end()))
     in_reason = False
     starts_with_reason = REASON.match(sentence) is not None
     previous_end = 0
@@ -272,6 +317,8 @@ def remarks_of(sentence: str, line: int) -> list[Remark]:
         in_reason = gives_reason(before, in_reason, starts_with_reason)
         kind, strength = judged(before[-WINDOW:], group[0], after, in_reason)
         if previous_end and JOINED.fullmatch(before):
+            kind = "doubted"
+        if conditions > 1 and kind == "stated" and not in_reason and CONDITION.match(after):
             kind = "doubted"
         if kind != "stated" or strength:
             letters = frozenset(LETTER.findall(group[0]))
@@ -296,7 +343,8 @@ def judged(before: str, group: str, after: str, in_reason: bool) -> tuple[str, i
     """(kind, strength) of what is said of a group of letters; ("stated", 0) if nothing is."""
     if group.endswith(":"):
         after = ":" + after
-    if DENIED_AFTER.match(after):
+    own_text = TEXT_AFTER.match(after) or (FALSE_AFTER.match(after) and states_answer(before))
+    if DENIED_AFTER.match(after) and not own_text:
         return "denied", 0
     if is_doubted(before, after):
         return "doubted", 0
@@ -315,6 +363,8 @@ def stated_strength(before: str, group: str, after: str) -> int:
         return 0
     if CONCLUSION.search(before):
         return ANSWER
+    if OBTAINED.search(before) and SENTENCE_OVER.match(after):
+        return VERDICT
     bare_before = BARE_BEFORE.search(before)
     if bare_before and not NAME.search(bare_before[0]):
         return LABEL if after.strip(" :.!)") or before.strip(" (") else ALONE
@@ -345,6 +395,13 @@ def states_answer(before: str) -> bool:
 # Spellings that are brought to one: (what is matched, what becomes of it). A box is an answer;
 # boxes side by side are one.
 SPELLINGS = [
+    # Behind a label, what is between quotation marks is the option's own text.
+    (re.compile(r"(?<=\b[A-Z][.):])\s{0,3}[\"“][^\"“”\n]{4,200}[\"”]"), " its own text"),
+    (re.compile(r"∴|\\therefore\b"), " therefore "),
+    (re.compile(r"\b(answer|option|choice)\s{0,3}(?:[=-]{1,2}>|→|⇒)", re.IGNORECASE), r"\1: "),
+    (re.compile(r"^[ \t$]{0,9}(?:=>|→|⇒|\\Rightarrow\b)", re.MULTILINE), "so "),
+    (re.compile(r"<([A-Z])>(?=[ \t.]{0,9}$)", re.MULTILINE), r"(\1)"),  # not HTML: <B>bold</B>
+    (re.compile(r"(?<![\w(])([A-Z])\s?\|\s?(?=[A-Z]\b)"), r"\1/"),
     (re.compile(r"\}[\s,;$]{0,20}\\(?:boxed|fbox)\b\s{0,3}"), ", answer: "),
     (re.compile(r"\\(?:boxed|fbox)\b\s{0,3}|\banswer\s?=", re.IGNORECASE), " answer: "),
     (re.compile(r"\s?[—–―]\s?|\s--\s"), " - "),
@@ -362,6 +419,20 @@ SPELLINGS = [
 BRACKETS = str.maketrans({"{": " ", "}": " ", "[": "(", "]": ")"})
 LINE_START = re.compile(r"^[\s>#*•-]+")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+# A label at the start of a line, also after "The answer is"
+LEADING_LABEL = re.compile(
+    r"(?:[\w' ]{0,40}\b(?:answer|option|choice)\b(?:\s{1,2}(?:is|option|choice)\b|[\s:-]){0,6})?"
+    r"\(?\s?(?P<label>[A-Za-z])\s?(?:\)[.:]?|[.:])\s{1,3}",
+    re.IGNORECASE,
+)
+# An option's own text that names others, or denies
+OWN_TEXT = re.compile(
+    r"(?:(?i:both|neither|all of the above)|Either)\b[^.!?;]{0,200}"
+    r"|\(?[A-Z]\)?(?:,\s{1,3}\(?[A-Z]\)?){0,6},?\s{1,3}and\s{1,3}\(?[A-Z]\)?"
+    r"(?:\s{1,3}only)?(?=[\s.)]{0,5}$)"
+    r"|No,(?=\s{1,3}(?!(?:I|it|that|this|sorry|wait|actually|let|the answer)\b)[^A-Z]{1,400}$)"
+)
+HEDGE = re.compile(words("might may could perhaps maybe possibly also too"), re.IGNORECASE)
 SMALL = re.compile(r"(?<![\w'^_\\.<>=-])[a-j](?![\w'^_<>\\(=-])")
 
 
@@ -391,12 +462,27 @@ def read_remarks(text: str) -> list[Remark]:
     lines = [content for content in text.splitlines() if content.strip()]
     for line, content in enumerate(lines):
         found = []
-        sentences = SENTENCE_END.split(LINE_START.sub("", content).strip())
+        sentences = SENTENCE_END.split(without_own_text(LINE_START.sub("", content).strip()))
         for sentence in sentences:
             plain = bare(sentence).translate(BRACKETS).strip()
             found += remarks_of(marked(plain), line)
         remarks += found if len(sentences) == 1 else [not_alone(remark) for remark in found]
     return remarks
+
+
+def without_own_text(line: str) -> str:
+    """The line without the other letters in the text of its option: D) A and B only → D) its text.
+
+    Not if the text names the label too, or doubts: "A. Either A or C", "A. Both may be".
+    """
+    plain = bare(line).translate(BRACKETS).replace("$", "").strip()
+    label = LEADING_LABEL.match(plain)
+    own_text = OWN_TEXT.match(plain, label.end()) if label else None
+    if not own_text or HEDGE.search(own_text[0]):
+        return line
+    if re.search(rf"(?<![\w']){label['label']}(?![\w'])", own_text[0]):
+        return line
+    return f"{plain[: label.end()]}its text{plain[own_text.end() :]}"
 
 
 def not_alone(remark: Remark) -> Remark:

@@ -5,25 +5,33 @@ may loop, allocate, fork, read the tests, patch builtins, return objects equal t
 write to every descriptor.
 
 Design. A worker that never reads a job forks, per job, S (the model's code) and T (the tests).
-T alone reads the job and holds the pipe of the verdict; S is sent the source only. The tests'
-unknown names are calls into S. Values cross as tagged JSON and are rebuilt as exact builtin types;
-what is not plain data crosses as a handle that can only be called. Both seal themselves before
-they run anything: limits on memory, time and file size, and a seccomp allow-list without open,
-socket, fork, exec, kill, ptrace, prctl and prlimit. The modules of PRELOAD can be imported, no
-others. All of that is in sandbox_worker.py. It needs Linux on x86_64 or aarch64; no root, no
-namespaces, no packages.
+T alone reads the job and decides; S is sent the source only. The tests' unknown names are calls
+into S. Values cross as tagged JSON and are rebuilt as exact builtin types; what is not plain data
+crosses as a handle that can only be called. Both seal themselves before they run anything: limits
+on memory, time and file size, and a seccomp allow-list without open, socket, fork, exec, kill,
+ptrace, prctl and prlimit. To S no file exists (FileNotFoundError) but its standard streams, and the
+modules of PRELOAD can be imported, no others. All of that is in sandbox_worker.py. It needs Linux
+on x86_64 or aarch64; no root, no namespaces, no packages.
 
 What is guaranteed if self_test() says "sealed": S and T use no other file, process or socket; the
 limits hold; only T can write a verdict.
 What is still forgeable: weak tests (properties between the model's own functions, inputs that can
 be guessed).
 What fails although it is honest: generators, own classes compared by value, arguments mutated in
-place, files, processes, sockets.
+place, files, processes, sockets, and what needs them (asyncio.run, multiprocessing, mmap of stdin).
 
 Verdict.why is one of: passed, assertion, exception:<Name>, timeout, memory, syntax, no-call (the
-tests called nothing), cannot-cross, import-missing, sealed-refusal, crashed.
+tests called nothing), cannot-cross, import-missing, sealed-refusal, crashed. These follow from the
+code and its tests. Two say that the machine failed, and nothing of the code; then Verdict.passed is
+None: "unknown: wall-clock" (a job that had time of its own left took 12 times its limit) and
+"unknown: killed" (someone else killed the job's processes, twice).
+
+A time limit is one of own time: the CPU time of S and T, and the time in which both sleep. On an
+idle machine that is the time by the clock; on a busy one the wait for a CPU is not counted. So code
+that sleeps, or waits for what never comes, is wrong ("timeout") as soon as code that loops.
 """
 
+import contextlib
 import platform
 import queue
 import subprocess
@@ -31,7 +39,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from checkers.sandbox_worker import MACHINES, Gone, receive, send
+from checkers.sandbox_worker import LOST, MACHINES, Gone, receive, send
 
 UNSAFE = False  # True (--allow-unsafe-code): no seccomp; the two processes and the limits stay
 
@@ -47,7 +55,7 @@ def allow_unsafe(allowed: bool) -> None:
 class Verdict(NamedTuple):
     """What the tests say of the code."""
 
-    passed: bool
+    passed: bool | None  # None: the machine failed, so nobody knows
     why: str
 
 
@@ -68,33 +76,48 @@ def start_worker() -> subprocess.Popen:
     )
 
 
-def ask_worker(job: dict) -> str | None:
-    """The word of one job's verdict, by an idle worker or a new one; None if the worker died."""
-    try:
-        worker = idle.get_nowait()
-    except queue.Empty:
-        worker = start_worker()
+def next_worker() -> subprocess.Popen:
+    """An idle worker that still lives, or a new one."""
+    while True:
+        try:
+            worker = idle.get_nowait()
+        except queue.Empty:
+            return start_worker()
+        if worker.poll() is None:
+            return worker
+        close_pipes(worker)
+
+
+def close_pipes(worker: subprocess.Popen) -> None:
+    """Close our ends of a dead worker's pipes."""
+    for pipe in (worker.stdin, worker.stdout):
+        with contextlib.suppress(OSError):  # of a job that was not written to its end
+            pipe.close()
+
+
+def ask_worker(worker: subprocess.Popen, job: dict) -> str:
+    """The word of one job's verdict; LOST if someone killed the job. Then the worker ends too."""
     try:
         send(worker.stdin, job)
         why = receive(worker.stdout)
     except (Gone, OSError):
-        worker.kill()
-        worker.wait()
-        return None
-    idle.put(worker)
-    return why
+        why = LOST
+    if why != LOST:
+        idle.put(worker)
+        return why
+    worker.kill()
+    worker.wait()
+    close_pipes(worker)
+    return LOST
 
 
 def ask_twice(job: dict) -> str:
-    """The word of one job's verdict; "crashed" if two workers died over it.
+    """The word of one job's verdict. A job that was lost, because someone killed it, runs again.
 
-    There is a second try because a worker may have been killed from outside.
+    The second time it gets a new worker: those that wait may have been killed as well.
     """
-    for _ in range(2):
-        why = ask_worker(job)
-        if why is not None:
-            return why
-    return "crashed"
+    why = ask_worker(next_worker(), job)
+    return ask_worker(start_worker(), job) if why == LOST else why
 
 
 def split_tests(tests: dict) -> list[dict]:
@@ -117,8 +140,9 @@ def run(code: str, tests: dict, timeout: float = 5.0, memory_mb: int = 1024) -> 
         {"inputs": [text…], "outputs": [text…]}    programs: stdin → stdout
 
     The setup runs before the code and before the asserts, whose own names win over the code's. A
-    program's stdout must equal the output as checkers.printed compares them, in the way that the
-    tests' "compare" names. timeout (in seconds of wall clock) and memory_mb (in MiB) hold for each input.
+    program's stdout must equal the output as checkers.printed compares them (by "compare", a
+    further field of the tests). timeout (in seconds of own time) and memory_mb (in MiB) hold for
+    each input.
     """
     tests_of_jobs = split_tests(tests)
     if not tests_of_jobs:
@@ -126,6 +150,8 @@ def run(code: str, tests: dict, timeout: float = 5.0, memory_mb: int = 1024) -> 
     for job_tests in tests_of_jobs:
         job = {"code": code, "tests": job_tests, "timeout": timeout, "memory": memory_mb << 20}
         why = ask_twice(job)
+        if why.startswith("unknown"):
+            return Verdict(None, why)
         if why != "passed":
             return Verdict(False, why)
     return Verdict(True, "passed")
@@ -133,7 +159,7 @@ def run(code: str, tests: dict, timeout: float = 5.0, memory_mb: int = 1024) -> 
 
 # What a sealed process must not be able to do, one call each.
 PROBES = {
-    "open": "open('/dev/null')",
+    "open": "os.open('/', os.O_RDONLY)",
     "fork": "os.fork()",
     "socket": "socket.socket()",
     "kill": "os.kill(os.getpid(), 0)",
@@ -144,7 +170,7 @@ import os, socket
 def probe():
     try:
         {}
-    except PermissionError:
+    except (PermissionError, FileNotFoundError):  # open() says that nothing is there
         return "refused"
 """
 

@@ -10,45 +10,79 @@ imports the standard library only, because it runs isolated (-I, -S) from the pr
 """
 
 import ast
+import atexit
 import builtins
 import ctypes
+import gc
 import importlib.util
+import io
 import json
+import math
 import os
 import platform
 import resource
+import select
 import signal
 import socket
 import struct
 import sys
+import threading
+import time
+import types
 
 UNSAFE = False  # True (--allow-unsafe-code): no seccomp; the two processes and the limits stay
 
 # What S and T can import: the worker imports these before it forks, and a sealed process cannot
-# open any other file.
+# open any other file. They are the standard modules that compute, and those whose import harms
+# nothing and that programs name without need. Absent are windows, databases, mail and web servers,
+# and modules that act when they are imported. numpy loads its parts late, so they are named.
 PRELOAD = """
-    __future__ abc argparse array base64 binascii bisect calendar cmath collections.abc
-    concurrent.futures.thread ast contextlib copy csv ctypes dataclasses datetime decimal difflib
-    enum fractions functools gc glob hashlib heapq html inspect io itertools json keyword locale
-    logging math numbers operator os.path pathlib pickle platform pprint queue random re secrets
-    shutil signal socket statistics string struct subprocess sys tempfile textwrap threading time
-    timeit traceback types typing unicodedata unittest urllib.parse uuid warnings weakref zlib
-    zoneinfo _strptime encodings.ascii encodings.idna encodings.latin_1 encodings.utf_16
-    encodings.unicode_escape numpy
+    __future__ abc argparse array ast asyncio atexit base64 bdb binascii bisect builtins bz2
+    cProfile calendar cmath cmd code codecs codeop collections.abc colorsys
+    concurrent.futures.process concurrent.futures.thread configparser contextlib contextvars copy
+    copyreg csv ctypes dataclasses datetime decimal difflib dis doctest email.message enum errno
+    faulthandler filecmp fileinput fnmatch fractions functools gc getopt getpass gettext glob
+    graphlib gzip hashlib heapq hmac html html.entities html.parser importlib.metadata inspect io
+    ipaddress itertools json json.tool keyword linecache locale logging lzma marshal math mimetypes
+    mmap multiprocessing multiprocessing.dummy multiprocessing.pool numbers opcode operator
+    optparse os.path pathlib pdb pickle pickletools pkgutil platform plistlib posixpath pprint
+    profile pstats queue quopri random re reprlib resource rlcompleter runpy sched secrets select
+    selectors shelve shlex shutil signal socket stat statistics string stringprep struct subprocess
+    symtable sys sysconfig tabnanny tarfile tempfile textwrap threading time timeit token tokenize
+    tomllib trace traceback tracemalloc types typing unicodedata unittest unittest.mock
+    urllib.error urllib.parse uuid warnings wave weakref xml.dom.minidom xml.etree.ElementTree
+    xml.sax zipfile zipimport zlib zoneinfo
+    _strptime encodings.ascii encodings.base64_codec encodings.cp1252 encodings.cp437
+    encodings.hex_codec encodings.idna encodings.iso8859_1 encodings.latin_1 encodings.punycode
+    encodings.raw_unicode_escape encodings.rot_13 encodings.unicode_escape encodings.utf_16
+    encodings.utf_16_be encodings.utf_16_le encodings.utf_32 encodings.utf_32_be
+    encodings.utf_32_le encodings.utf_8_sig
+    numpy numpy.char numpy.ctypeslib numpy.dtypes numpy.exceptions numpy.fft numpy.lib.recfunctions
+    numpy.lib.scimath numpy.lib.stride_tricks numpy.linalg numpy.ma numpy.matlib numpy.polynomial
+    numpy.random numpy.rec numpy.strings numpy.testing numpy.typing
 """.split()
 
-# Descriptors of the worker. A child closes those that are not its own: S never holds JOB or
-# VERDICT, so it can neither read the tests nor write a verdict.
+# Descriptors of the worker. A child closes those that are not its own: S holds none of JOB, VERDICT
+# and TO_WORKER, so it can neither read the tests nor write a verdict.
 JOB = 10  # jobs come in
 VERDICT = 11  # verdicts go out
 INPUT = 12  # a file in memory: stdin of S
 OUTPUT = 13  # a file in memory: stdout of S
 SIDE_S = 14  # the two ends of the socket between S and T
 SIDE_T = 15
-EACH_JOB = (INPUT, OUTPUT, SIDE_S, SIDE_T)  # made anew for every job
+FROM_T = 16  # the two ends of the pipe on which T tells the worker its limit and its verdict
+TO_WORKER = 17
+EACH_JOB = (INPUT, OUTPUT, SIDE_S, SIDE_T, FROM_T, TO_WORKER)  # made anew for every job
 ALL_DESCRIPTORS = (JOB, VERDICT, *EACH_JOB)
 
-NO_MORE_JOBS = 2  # exit code of T
+# Verdicts that say nothing of the code, because the machine failed
+SLOW_MACHINE = "unknown: wall-clock"  # the wall limit was reached, with time of its own left
+LOST = "unknown: killed"  # somebody else killed S, T or the worker
+
+TICK = 0.02  # seconds between two looks at how long S and T have taken
+WALL_FACTOR = 12  # the wall limit, in limits of own time
+GRACE = 1.0  # seconds in which a process that has closed its descriptors ends
+MOST_THREADS = 64  # of a process that are looked at: more would make a look slow
 
 
 # ---------------- the seal ----------------
@@ -74,7 +108,8 @@ FIRST_ARGUMENT = 16  # its low 32 bits, on these little-endian machines
 KILL = (RETURN, 0, 0, 0x80000000)  # SECCOMP_RET_KILL_PROCESS
 ALLOW = (RETURN, 0, 0, 0x7FFF0000)  # SECCOMP_RET_ALLOW
 REFUSE = (RETURN, 0, 0, 0x00050001)  # SECCOMP_RET_ERRNO with EPERM: PermissionError in Python
-NOT_THERE = (RETURN, 0, 0, 0x00050026)  # SECCOMP_RET_ERRNO with ENOSYS
+NO_FILE = (RETURN, 0, 0, 0x00050002)  # … with ENOENT: FileNotFoundError
+NOT_THERE = (RETURN, 0, 0, 0x00050026)  # … with ENOSYS
 
 LAST_NATIVE_CALL = 0x3FFFFFFF  # x86_64: numbers above are the x32 ABI's
 CLONE3 = 435  # on every architecture
@@ -147,10 +182,27 @@ ALLOWED = {
 }
 
 
-def allowed_numbers(machine: str) -> list[int]:
-    """The numbers of ALLOWED on "x86_64" or "aarch64", in order."""
+# Refused like everything else, but as if no file existed. Honest programs ask whether there is an
+# input.txt, and read stdin if there is none.
+LOOKS_FOR_FILES = {
+    "open": (2, None),
+    "stat": (4, None),
+    "lstat": (6, None),
+    "access": (21, None),
+    "readlink": (89, None),
+    "openat": (257, 56),
+    "newfstatat": (262, 79),
+    "readlinkat": (267, 78),
+    "faccessat": (269, 48),
+    "statx": (332, 291),
+    "faccessat2": (439, 439),
+}
+
+
+def numbers_of(table: dict, machine: str) -> list[int]:
+    """The numbers of a table's calls on "x86_64" or "aarch64", in order."""
     column = MACHINES.index(machine)
-    numbers = [row[column] for row in ALLOWED.values()]
+    numbers = [row[column] for row in table.values()]
     return sorted(number for number in numbers if number is not None)
 
 
@@ -170,8 +222,9 @@ def seccomp_program(machine: str) -> list[tuple[int, int, int, int]]:
         (JUMP_IF_EQUAL, 0, 1, CLONE3),
         NOT_THERE,
     ]
-    for number in allowed_numbers(machine):
-        program += [(JUMP_IF_EQUAL, 0, 1, number), ALLOW]
+    for table, answer in ((ALLOWED, ALLOW), (LOOKS_FOR_FILES, NO_FILE)):
+        for number in numbers_of(table, machine):
+            program += [(JUMP_IF_EQUAL, 0, 1, number), answer]
     program += [
         # clone with CLONE_THREAD starts a thread, clone without it starts a process.
         (JUMP_IF_EQUAL, 0, 3, CLONE[machine]),
@@ -198,10 +251,13 @@ def seal(seconds: float, memory: int) -> None:
     """
     limits = {
         resource.RLIMIT_AS: memory,
-        resource.RLIMIT_CPU: int(seconds) + 1,  # seconds; should T's alarm, of wall clock, fail
+        resource.RLIMIT_CPU: math.ceil(seconds) + 1,  # seconds; where the worker's watch is blind
         resource.RLIMIT_FSIZE: 16 << 20,  # bytes; what S prints is kept in memory
         resource.RLIMIT_CORE: 0,  # a crash leaves no file
     }
+    _, most_stack = resource.getrlimit(resource.RLIMIT_STACK)
+    if most_stack == resource.RLIM_INFINITY or most_stack > memory:
+        limits[resource.RLIMIT_STACK] = memory  # programs that recurse deeply ask for it
     for kind, limit in limits.items():
         # Soft and hard limit, so that the process cannot raise it again.
         resource.setrlimit(kind, (limit, limit))
@@ -327,22 +383,119 @@ def load_same_output():
 # for the verdict.
 
 
+STANDARD_FILES = {
+    "/dev/stdin": 0,
+    "/dev/stdout": 1,
+    "/dev/stderr": 2,
+    "/dev/fd/0": 0,
+    "/dev/fd/1": 1,
+    "/dev/null": 2,
+    "/proc/self/fd/0": 0,
+    "/proc/self/fd/1": 1,
+}
+
+
 def open_streams() -> None:
     """Make INPUT and OUTPUT the stdin and stdout of this process."""
     for old, new in ((INPUT, 0), (OUTPUT, 1)):
         os.dup2(old, new)
         os.close(old)
-    sys.stdin = open(0, closefd=False)
-    sys.stdout = open(1, "w", closefd=False)
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)
+    sys.argv = ["program.py"]  # programs may read the file that an argument names
+    prepare_status()
+    prepare_open()
 
-    # Programs ask fstat for the size of stdin, to read all of it at once. libc may answer by
-    # newfstatat, which takes paths and so is not allowed: the answer is prepared here.
+
+def prepare_status() -> None:
+    """Let programs ask for the size of stdin, to read all of it at once.
+
+    libc may ask by newfstatat, which takes paths and so is refused. The answer is prepared here.
+    """
     input_status = os.fstat(0)
+    plain_stat = os.stat
 
-    def prepared_fstat(fd):
+    def stat(path, *arguments, **options):
+        if path in STANDARD_FILES or isinstance(path, int):
+            return input_status
+        return plain_stat(path, *arguments, **options)
+
+    def fstat(fd):
         return input_status
 
-    os.fstat = prepared_fstat
+    os.stat, os.fstat = stat, fstat
+
+
+def prepare_open() -> None:
+    """Let programs open their standard streams by their paths; any other path is refused."""
+    plain_open, plain_os_open = io.open, os.open
+
+    def open_file(file, *arguments, **options):
+        path = os.fspath(file) if isinstance(file, os.PathLike) else file
+        if path in STANDARD_FILES:
+            return plain_open(STANDARD_FILES[path], *arguments, **{**options, "closefd": False})
+        return plain_open(file, *arguments, **options)
+
+    def os_open(path, *arguments, **options):
+        if path in STANDARD_FILES:
+            return STANDARD_FILES[path]
+        return plain_os_open(path, *arguments, **options)
+
+    builtins.open = io.open = open_file
+    os.open = os_open
+
+
+def prepare_stack(memory: int) -> None:
+    """Let programs ask for a large stack, as those that recurse deeply do.
+
+    The main thread has the largest already, so the wish is ignored. A thread gets half of the
+    memory, in bytes, at most.
+    """
+    plain_get, plain_set, plain_size = resource.getrlimit, resource.setrlimit, threading.stack_size
+
+    def getrlimit(kind):
+        return (memory, memory) if kind == resource.RLIMIT_STACK else plain_get(kind)
+
+    def setrlimit(kind, limits):
+        if kind != resource.RLIMIT_STACK:
+            plain_set(kind, limits)
+
+    def stack_size(size=0):
+        return plain_size(min(size, memory // 2))
+
+    resource.getrlimit, resource.setrlimit = getrlimit, setrlimit
+    threading.stack_size = stack_size
+
+
+def new_module(name: str) -> dict:
+    """The namespace of a new module, which dataclasses and pickle find by its name."""
+    module = types.ModuleType(name)
+    sys.modules[name] = module
+    return module.__dict__
+
+
+def announce_exit(to_t) -> None:
+    """Let os._exit(), with which some programs end, tell T of the exit code.
+
+    Nothing is flushed, as ever. Without this, T would see S vanish, which is a crash.
+    """
+    plain_exit = os._exit
+
+    def leave(code):
+        send(to_t, error_reply(SystemExit(code)))
+        plain_exit(code)
+
+    os._exit = leave
+
+
+def end_program(namespace: dict) -> None:
+    """What Python does when a program is over: threads, atexit, and files that are not flushed."""
+    try:
+        threading._shutdown()  # waits for threads that nobody joined
+        atexit._run_exitfuncs()
+        namespace.clear()  # files are flushed when nobody holds them any more
+    except BaseException:
+        pass  # Python prints errors of these to stderr, and exits as before
 
 
 def find_target(path: list, namespace: dict, objects: list):
@@ -372,7 +525,10 @@ def solution() -> None:
     to_t = open(SIDE_S, "wb")
     source, setup, seconds, memory, module_name = receive(from_t)
     open_streams()
-    namespace = {"__name__": module_name}
+    namespace = new_module(module_name)
+    is_program = module_name == "__main__"
+    if is_program:
+        announce_exit(to_t)
     objects = []  # those that T holds handles of
 
     def keep_object(value):
@@ -386,6 +542,7 @@ def solution() -> None:
         try:
             if call is None:
                 seal(seconds, memory)
+                prepare_stack(memory)  # after the seal, which sets the limits
                 exec(compile(setup, "solution", "exec"), namespace)
                 exec(compile(source, "solution", "exec"), namespace)
                 value = None
@@ -396,8 +553,11 @@ def solution() -> None:
             reply = ["value", encode(value, keep_object)]
         except BaseException as error:  # SystemExit and KeyboardInterrupt as well
             reply = error_reply(error)
+        if is_program and reply[1] in (None, "clean exit"):
+            end_program(namespace)
         try:
             sys.stdout.flush()
+            sys.__stdout__.flush()
         except Exception:
             pass  # the model's code closed or replaced stdout: what it printed is lost
         send(to_t, reply)
@@ -450,13 +610,16 @@ class Solution:
     def reply(self):
         """The value that S sends.
 
-        Raises the error if S sends one instead, and CannotCross if it sends neither.
+        Raises the error if S sends one instead, CannotCross if it sends neither. Raises Gone if S
+        ended.
         """
         try:
             kind, *content = receive(self.from_s)
             if kind == "value":
                 return decode(content[0], self.Handle)
             name, text = map(str, content)
+        except ConnectionResetError:  # S ended before it read what T sent
+            raise Gone from None
         except Exception:
             raise CannotCross from None
         if name == "clean exit":
@@ -560,17 +723,98 @@ def judge(code: str, tests: dict, timeout: float, memory: int) -> str:
 
 
 def run_tests() -> None:
-    """T: read a job, judge it and send the verdict.
-
-    T runs under an alarm that ends it, because nothing in T handles the signal.
-    """
+    """T: read a job, tell the worker how long it may take, judge it and send the verdict."""
     try:
-        job = receive(open(JOB, "rb"))
+        job = receive(open(JOB, "rb"), -1)  # of any size: the rest would be taken for the next job
     except Gone:
-        os._exit(NO_MORE_JOBS)
-    signal.setitimer(signal.ITIMER_REAL, job["timeout"])
-    send(open(VERDICT, "wb"), judge(**job))
+        os._exit(0)
+    to_worker = open(TO_WORKER, "wb")
+    send(to_worker, job["timeout"])
+    send(to_worker, judge(**job))
     os._exit(0)
+
+
+# ---------------- the watch: the time that S and T take ----------------
+# A clock on the wall would blame code for a busy machine. So S and T are charged their own time:
+# the CPU time of both, and the time in which both sleep. They wait for nothing but each other, so
+# both sleep only if the code sleeps or blocks. While one of them waits for a CPU or for a page of
+# memory, the time is the machine's.
+
+
+def fields_of(path: str) -> list[bytes]:
+    """What the kernel's file says of a process or thread, from its state on ("man proc_pid_stat").
+
+    Raises OSError if the process has ended, or if this machine does not show it.
+    """
+    with open(path, "rb") as file:
+        return file.read().rpartition(b")")[2].split()
+
+
+def cpu_seconds(process_id: int) -> float:
+    """CPU time of all threads of a process, ended ones too; 0 if this machine does not show it."""
+    try:
+        fields = fields_of(f"/proc/{process_id}/stat")
+    except OSError:
+        return 0.0
+    user, system = fields[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def is_asleep(process_id: int) -> bool:
+    """Does every thread of a process sleep (S) or has it ended (Z)?
+
+    False if this machine does not show it.
+    """
+    folder = f"/proc/{process_id}/task"
+    try:
+        for thread in os.listdir(folder)[:MOST_THREADS]:
+            if fields_of(f"{folder}/{thread}/stat")[0] not in (b"S", b"Z"):
+                return False
+    except OSError:  # a thread that has just ended did not sleep
+        return False
+    return True
+
+
+class Watch:
+    """How long the processes of a job have taken, against the job's limit in seconds."""
+
+    def __init__(self, process_ids: tuple, seconds: float):
+        self.process_ids = process_ids
+        self.seconds = seconds
+        self.slept = 0.0  # seconds in which all of them slept, from samples
+        self.started = time.monotonic()
+
+    def word(self) -> str | None:
+        """Called every TICK: the verdict's word if a limit is reached, else None."""
+        if all(map(is_asleep, self.process_ids)):
+            self.slept += TICK
+        if self.slept + sum(map(cpu_seconds, self.process_ids)) > self.seconds:
+            return "timeout"
+        if time.monotonic() - self.started > WALL_FACTOR * self.seconds:
+            return SLOW_MACHINE
+        return None
+
+
+def wait_for_word(process_ids: tuple) -> tuple[str | None, float | None]:
+    """(the verdict's word, the job's limit in seconds), from T or because a limit is reached.
+
+    The word is None if T ended without one; the limit too if T ended before it read a job.
+    """
+    seconds = None
+    # Unbuffered, so that poll sees all that has not been read.
+    with open(FROM_T, "rb", buffering=0) as from_t:
+        ready = select.poll()
+        ready.register(FROM_T, select.POLLIN)
+        try:
+            seconds = receive(from_t)  # until there is a job, the worker waits without a limit
+            watch = Watch(process_ids, seconds)
+            while not ready.poll(1000 * TICK):
+                word = watch.word()
+                if word:
+                    return word, seconds
+            return receive(from_t), seconds
+        except Gone:
+            return None, seconds
 
 
 # ---------------- the worker ----------------
@@ -592,9 +836,10 @@ def start_child(body, descriptors: set[int]) -> int:
 
 
 def make_descriptors() -> None:
-    """Fill EACH_JOB with two empty files in memory and the two ends of a new socket."""
+    """Fill EACH_JOB: two empty files in memory, the ends of a new socket, those of a new pipe."""
     side_s, side_t = socket.socketpair()
-    new = (os.memfd_create("in"), os.memfd_create("out"), side_s.detach(), side_t.detach())
+    files = (os.memfd_create("in"), os.memfd_create("out"))
+    new = (*files, side_s.detach(), side_t.detach(), *os.pipe())
     for fd, number in zip(new, EACH_JOB, strict=True):
         os.dup2(fd, number)
         os.close(fd)
@@ -611,29 +856,59 @@ def prepare() -> None:
             __import__(name)
         except ImportError:
             pass  # numpy need not be installed; some modules are newer than some Pythons
+    gc.freeze()  # so that no child's collector copies the pages of what is here
+
+
+def ends_alone(process_id: int) -> bool:
+    """Does a process end within GRACE seconds, though nobody here kills it?"""
+    deadline = time.monotonic() + GRACE
+    while time.monotonic() < deadline:
+        if os.waitid(os.P_PID, process_id, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def end(process_id: int) -> tuple[int, float]:
+    """Kill a child if it still runs. Returns (exit code, CPU seconds).
+
+    Exit code −n: signal n ended it.
+    """
+    os.kill(process_id, signal.SIGKILL)
+    _, status, usage = os.wait4(process_id, 0)
+    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+
+
+def word_of_end(exit_code: int, cpu_time: float, seconds: float) -> str:
+    """The verdict's word for a process that ended by itself, or that someone else killed."""
+    if cpu_time >= seconds:
+        return "timeout"  # the kernel ended it at its limit
+    # The seal lets no process kill itself, so this was someone else: the kernel, out of memory.
+    return LOST if exit_code == -signal.SIGKILL else "crashed"
 
 
 def do_job() -> bool:
-    """Fork S and T, wait for T, kill S. Returns False when there are no more jobs.
+    """Fork S and T, wait for a verdict, kill both. Returns False if T ended before it read a job.
 
-    If T ended without a verdict, by its alarm or by a crash, the worker sends one.
+    If T ended without a verdict, or because S ended, the verdict says why that one ended.
     """
     make_descriptors()
     s_id = start_child(solution, {INPUT, OUTPUT, SIDE_S})
-    t_id = start_child(run_tests, {JOB, VERDICT, INPUT, OUTPUT, SIDE_T})
-    for fd in EACH_JOB:  # so that only S and T hold them, and each sees it when the other ends
+    t_id = start_child(run_tests, {JOB, INPUT, OUTPUT, SIDE_T, TO_WORKER})
+    for fd in set(EACH_JOB) - {FROM_T}:  # so that each of S and T sees it when the other ends
         os.close(fd)
-    _, status = os.waitpid(t_id, 0)
-    os.kill(s_id, signal.SIGKILL)  # T has decided; S may still be running
-    os.waitpid(s_id, 0)
+    word, seconds = wait_for_word((s_id, t_id))
 
-    exit_code = os.waitstatus_to_exitcode(status)  # −n: signal n ended it
-    if exit_code == NO_MORE_JOBS:
+    suspect = {None: t_id, "crashed": s_id}.get(word)
+    ended_alone = suspect is not None and ends_alone(suspect)
+    ends = {s_id: end(s_id), t_id: end(t_id)}
+    if seconds is None:
+        # No more jobs, or someone killed T. A verdict would be taken for that of the next job.
         return False
-    if exit_code != 0:
-        out_of_time = -exit_code in (signal.SIGALRM, signal.SIGXCPU)
-        with open(VERDICT, "wb", closefd=False) as verdict:
-            send(verdict, "timeout" if out_of_time else "crashed")
+    if ended_alone:
+        word = word_of_end(*ends[suspect], seconds)
+    with open(VERDICT, "wb", closefd=False) as verdict:
+        send(verdict, word or "crashed")
     return True
 
 

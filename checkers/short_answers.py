@@ -56,7 +56,7 @@ def short_answer_equal(answer: str, reference: str, match: str | None = None) ->
 LEAD = re.compile(
     r"(?:(?:approximately|approx\.?|about|around|roughly|circa|nearly)\b|~|\\approx\b|\\sim\b|="
     r"|(?:a\s)?pH(?:\sof)?\s(?=\s{0,3}[-+\d.])"
-    r"|(?:(?:\\Delta|Δ)\s{0,3})?[A-Za-z]{1,3}(?:\s?deg\s?)?(?:_\{?\w{1,9}\}?)?"
+    r"|(?:(?:\\Delta|Δ)\s{0,3})?[A-Za-z]{1,3}(?:\s?deg\s{0,3})?(?:_\{?\w{1,9}\}?)?"
     r"\s{0,3}(?:=|\\approx\b))\s{0,3}",
     re.IGNORECASE,
 )

@@ -11,7 +11,8 @@ MOST_CANDIDATES = 12
 # A sentence with one of these does not commit itself.
 HEDGES = re.compile(
     r"\b(?:maybe|perhaps|possibly|probably|guess|unsure|uncertain|not|cannot|could|might|either|"
-    r"neither|wrong|incorrect|unclear|unknown)\b|n't\b|\?",
+    r"neither|wrong|incorrect|unclear|unknown|unlikely|false|whether|suppose|mistake|ruled? out|"
+    r"no one|nobody)\b|n't\b|\?|^if\b|\blet the answer\b",
     re.IGNORECASE,
 )
 # "The final answer is: 30", "Answer - 30", "**Answer:** 30"
@@ -19,15 +20,20 @@ ANSWER = re.compile(r"\banswers?\b", re.IGNORECASE)
 AFTER_ANSWER = re.compile(
     r"[\s:=*-]*(?:(?:is|are|was|equals|be|comes to|of)\b[\s:=*]{0,9}){0,3}", re.IGNORECASE
 )
+STATED = re.compile(r"\banswers?\s{0,3}(?::|=|is\b)", re.IGNORECASE)
+BEGINS = re.compile(r"(?:the\s)?(?:final\s|correct\s)?answers?\b", re.IGNORECASE)
 # Words before what a sentence states.
 LEAD = re.compile(
-    r"(?<![A-Za-z])(?:is|are|was|were|be|equals?|equal to|get|gets|gives?|given by|obtain|have|has|"
-    r"had|find|found|yields?|makes?|costs?|takes?|needs?|leaves?|total of|probability of|"
-    r"average of|totals?|conclude|so|thus|hence|then|therefore|finally)(?![A-Za-z])[\s,:]*|:\s+",
+    r"(?<![A-Za-z])(?:is|are|was|were|be|it's|equals?|equal to|get|gets|gives?|given by|obtain|"
+    r"have|has|had|find|found|yields?|makes?|costs?|takes?|needs?|leaves?|sold|spends?|spent|runs?|"
+    r"simplifies to|reduces to|total of|probability of|average of|totals?|conclude|so|thus|hence|"
+    r"then|therefore|finally)(?![A-Za-z])[\s,:]*|:\s+|→|\\(?:right|Right)arrow|\\to\b",
     re.IGNORECASE,
 )
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 REMARK_WORDS = 12
+# What follows a statement: a reason, or words in parentheses
+BEHIND = re.compile(r",?\s(?:since|because|as)\s[^=]{0,200}$|\s\([A-Za-z -]{1,60}\)\.?$")
 BARE_NUMBER = re.compile(r"[-\d.,\s]+")
 
 
@@ -42,7 +48,7 @@ def statements_of(text: str) -> list[str]:
     A line that states two different answers states none.
     """
     lines = lines_of(text)
-    if not lines:
+    if not lines or len(answers_of(lines)) > 1:
         return []
     line = lines[-1]
     if line.startswith("####"):  # how the solutions of GSM8K end
@@ -53,14 +59,27 @@ def statements_of(text: str) -> list[str]:
     if is_hedged(sentences[-1]):
         return []
     answers = [after_answer(sentence) for sentence in sentences if ANSWER.search(sentence)]
-    if len(set(answers)) > 1:
+    if len(set(answers)) > 1 or len(STATED.findall(sentences[-1])) > 1:
         return []
     if answers and ANSWER.search(sentences[-1]):
         return [answers[0], *after_leads(answers[0])]
     statements = after_leads(sentences[-1])
-    if len(lines) > 1 and not any(BARE_NUMBER.fullmatch(other) for other in lines[:-1]):
+    if len(text.strip().splitlines()) > 1 and not any(
+        BARE_NUMBER.fullmatch(other) for other in lines[:-1]
+    ):
         statements.append(trimmed(line))  # a line of its own
     return statements
+
+
+def answers_of(lines: list[str]) -> set[str]:
+    """What the lines that begin with "the answer is" or #### say that the answer is."""
+    answers = set()
+    for line in lines:
+        if line.startswith("####"):
+            answers.add(line.strip("# "))
+        elif BEGINS.match(line) and after_answer(line):
+            answers.add(after_answer(line))
+    return answers
 
 
 def lines_of(text: str) -> list[str]:
@@ -96,4 +115,5 @@ def after_leads(sentence: str) -> list[str]:
 
 def trimmed(text: str) -> str:
     """The text without the punctuation around it."""
+    text = BEHIND.sub("", text.strip(" \t\n*,:;"))
     return text.strip(" \t\n*,:;").removesuffix(".").strip(" *")

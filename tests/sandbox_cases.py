@@ -319,7 +319,7 @@ def f(x):
 """,
 }
 
-# Those of FORGERIES that only the alarm can end.
+# Those of FORGERIES that only the time limit can end.
 ENDLESS = (
     "infinite loop",
     "loop at import",
@@ -336,6 +336,26 @@ ATTEMPTS = {
     "list a folder": "return os.listdir('/')",
     "read the cwd": "return os.getcwd()",
     "stat": "return os.stat('/')",
+    "read by libc": """
+libc = ctypes.CDLL(None)
+return libc.open(b'/etc/passwd', 0) >= 0 or libc.openat(-100, b'/etc/passwd', 0) >= 0
+""",
+    "look by libc": """
+libc = ctypes.CDLL(None)
+space = ctypes.create_string_buffer(4096)
+return libc.access(b'/', 0) == 0 or libc.readlink(b'/proc/self/exe', space, 4096) > 0
+""",
+    "a path below stdin": "return open('/dev/stdin/../../etc/passwd').read()",
+    "a path beside stdin": "return open('/dev/../etc/passwd').read()",
+    "the tests' descriptor by its path": "return open('/proc/self/fd/10').read()",
+    "any descriptor by its path": """
+for fd in range(3, 64):
+    for folder in ('/dev/fd', '/proc/self/fd', '/proc/thread-self/fd'):
+        try: return os.open(f'{folder}/{fd}', os.O_RDWR) >= 0
+        except OSError: pass
+""",
+    "a path relative to a descriptor": "return os.open('etc', 0, dir_fd=0) >= 0",
+    "does a file exist": "return os.path.exists('/') or os.access('/', os.F_OK)",
     "read /proc": "return open('/proc/self/cmdline').read()",
     "read the parent's memory": "return open(f'/proc/{os.getppid()}/mem', 'rb')",
     "write a file": "return open('/tmp/sandbox-left-behind', 'w').write('x')",
@@ -452,6 +472,73 @@ return True
 """,
 }
 
+# Programs that wait for what never comes. They print the right output of ADDITION before.
+SLEEPERS = {
+    "sleep": """
+import time
+time.sleep(1000)
+""",
+    "many short sleeps": """
+import time
+while True: time.sleep(1e-5)
+""",
+    "a lock": """
+import threading
+lock = threading.Lock()
+lock.acquire()
+lock.acquire()
+""",
+    "an event with a far time": """
+import threading
+threading.Event().wait(1000)
+""",
+    "an empty queue": """
+import queue
+queue.Queue().get()
+""",
+    "a thread that waits for another": """
+import threading, time
+thread = threading.Thread(target=time.sleep, args=(1000,), daemon=True)
+thread.start()
+thread.join()
+""",
+    "a thread that nobody joins": """
+import threading, time
+threading.Thread(target=time.sleep, args=(1000,)).start()
+""",
+    "hundreds of threads": """
+import threading, time
+threading.stack_size(1 << 16)
+for _ in range(300): threading.Thread(target=time.sleep, args=(1000,)).start()
+""",
+    "a main thread that has ended": """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(1000,)).start()
+ctypes.CDLL(None).pthread_exit(0)
+""",
+    "its own socket": """
+import os
+for fd in range(3, 64):
+    try: os.read(fd, 1)
+    except OSError: pass
+""",
+    "select": """
+import select
+select.select([], [], [], 1000)
+""",
+    "at exit": """
+import atexit, time
+atexit.register(time.sleep, 1000)
+""",
+    "half asleep": """
+import time
+while True:
+    deadline = time.perf_counter() + 0.002
+    while time.perf_counter() < deadline: pass
+    time.sleep(0.002)
+""",
+}
+
 # Arguments for syscall: numbers are x86_64's.
 SYSCALLS = {
     "fork": (57,),
@@ -553,5 +640,158 @@ if __name__ == '__main__':
     "subclass of int": """
 from enum import IntEnum
 def f(x): return IntEnum('E', {'V': x * x}).V
+""",
+}
+
+# What judges call a problem of two numbers, and honest programs that solve it.
+ADDITION = {"inputs": ["3\n4\n"], "outputs": ["7"]}
+ADD = "print(int(input()) + int(input()))"
+PROGRAMS = {
+    "input.txt, if there is one": f"""
+import sys
+try: sys.stdin = open('input.txt')
+except FileNotFoundError: pass
+{ADD}
+""",
+    "asks whether there is a file": f"""
+import os, pathlib
+here = [os.path.exists('input.txt'), os.path.isfile('/in'), os.path.isdir('/'), os.access('x', 4)]
+if any(here) or pathlib.Path('input.txt').exists(): 1 / 0
+{ADD}
+""",
+    "a file that an argument names": f"""
+import sys
+if len(sys.argv) > 1: sys.stdin = open(sys.argv[1])
+{ADD}
+""",
+    "fileinput": """
+import fileinput
+print(sum(int(line) for line in fileinput.input()))
+""",
+    "/dev/stdin": "print(sum(map(int, open('/dev/stdin'))))",
+    "/dev/stdin in bytes": "print(sum(map(int, open('/dev/stdin', 'rb').read().split())))",
+    "/dev/stdin as a path": """
+import pathlib
+print(sum(map(int, pathlib.Path('/dev/stdin').read_text().split())))
+""",
+    "/dev/stdin by os.open": """
+import os
+print(sum(map(int, os.read(os.open('/dev/stdin', os.O_RDONLY), 100).split())))
+""",
+    "/dev/stdout": f"""
+import sys
+sys.stdout = open('/dev/stdout', 'w')
+{ADD}
+""",
+    "/dev/null": f"""
+import os, sys
+sys.stderr = open(os.devnull, 'w')
+print('debug', file=sys.stderr)
+{ADD}
+""",
+    "stdin's size by fstat": """
+import os
+print(sum(map(int, os.read(0, os.fstat(0).st_size).split())))
+""",
+    "stdin's size by getsize": """
+import os
+print(sum(map(int, os.read(0, os.path.getsize(0)).split())))
+""",
+    "a file object of stdout that nobody flushes": """
+import os
+def main():
+    out = os.fdopen(1, 'w')
+    out.write(str(sum(map(int, open(0)))))
+main()
+""",
+    "a global one": """
+import io
+out = io.TextIOWrapper(io.FileIO(1, 'w'))
+out.write(str(sum(map(int, open(0)))))
+""",
+    "output at exit": f"""
+import atexit, io, sys
+sys.stdout = io.StringIO()
+atexit.register(lambda: sys.__stdout__.write(sys.stdout.getvalue()))
+{ADD}
+""",
+    "os._exit": f"""
+import os, sys
+{ADD}
+sys.stdout.flush()
+os._exit(0)
+""",
+    "os._exit in a thread": f"""
+import os, sys, threading
+def main():
+    {ADD}
+    sys.stdout.flush()
+    os._exit(0)
+threading.Thread(target=main).start()
+""",
+    "a thread that nobody joins": f"""
+import sys, threading
+sys.setrecursionlimit(10**6)
+threading.stack_size(1 << 28)
+def main():
+    {ADD}
+threading.Thread(target=main).start()
+""",
+    "a pool that nobody ends": f"""
+from concurrent.futures import ThreadPoolExecutor
+def main():
+    {ADD}
+ThreadPoolExecutor(2).submit(main)
+""",
+    "the largest stack of a thread": f"""
+import threading
+threading.stack_size(2**30 - 1)
+thread = threading.Thread(target=lambda: {ADD})
+thread.start()
+thread.join()
+""",
+    "a wish for a stack": f"""
+import resource
+soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+resource.setrlimit(resource.RLIMIT_STACK, (hard, hard))
+resource.setrlimit(resource.RLIMIT_STACK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+{ADD}
+""",
+    "deep recursion": f"""
+import functools, sys
+sys.setrecursionlimit(10**6)
+@functools.lru_cache(None)
+def depth(n): return n if n == 0 else depth(n - 1) + 1
+assert depth(20_000) == 20_000
+{ADD}
+""",
+    "annotations and a dataclass": """
+from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Pair:
+    a: int
+    b: int
+pair = Pair(int(input()), int(input()))
+print(pair.a + pair.b)
+""",
+    "pickle of an own class": """
+import pickle
+class Number: pass
+number = Number()
+number.value = int(input())
+print(pickle.loads(pickle.dumps(number)).value + int(input()))
+""",
+    "its own module": """
+import __main__
+a = int(input())
+print(__main__.a + int(input()))
+""",
+    "codecs": f"""
+import codecs
+for name in ('utf-32', 'cp1252', 'utf-8-sig', 'utf-16-le', 'punycode', 'latin-1', 'ascii'):
+    assert 'a'.encode(name).decode(name) == 'a'
+assert codecs.encode('a', 'rot13') == 'n' and codecs.encode(b'a', 'hex') == b'61'
+{ADD}
 """,
 }

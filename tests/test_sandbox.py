@@ -5,8 +5,10 @@ The attacks themselves are in sandbox_cases.py.
 
 import ast
 import concurrent.futures
+import contextlib
 import functools
 import http.server
+import importlib.util
 import json
 import os
 import platform
@@ -24,7 +26,7 @@ import pytest
 import checkers.code
 import rewards
 import sandbox_cases as cases
-from checkers import sandbox
+from checkers import sandbox, sandbox_worker
 from common.errors import UserError
 from conftest import ROOT
 from sandbox_cases import SQUARE
@@ -204,6 +206,17 @@ def test_foreign_abis_are_killed(code):
     assert why_stopped(cases.machine_code(code)) == "crashed"
 
 
+@pytest.mark.parametrize("machine", sandbox_worker.MACHINES)
+def test_looking_for_files_is_never_allowed(machine):
+    allowed = sandbox_worker.numbers_of(sandbox_worker.ALLOWED, machine)
+    looks = sandbox_worker.numbers_of(sandbox_worker.LOOKS_FOR_FILES, machine)
+    assert len(set(allowed + looks)) == len(allowed) + len(looks)
+    program = sandbox_worker.seccomp_program(machine)
+    for number in looks:
+        place = program.index((sandbox_worker.JUMP_IF_EQUAL, 0, 1, number))
+        assert program[place + 1] == sandbox_worker.NO_FILE
+
+
 UNSEALED = """
 import json, sys
 sys.path[:0] = {folders}
@@ -228,6 +241,10 @@ def test_the_probes_can_succeed():
         "memfd",
         "import an unloaded module",
         "stat",
+        "does a file exist",
+        "read by libc",
+        "look by libc",
+        "a path beside stdin",
     ]
     script = UNSEALED.format(folders=[str(ROOT), str(ROOT / "tests")], names=names)
     process = subprocess.run(
@@ -261,7 +278,8 @@ def test_an_unknown_platform_cannot_seal(monkeypatch):
         ("def f(x", "syntax"),
         ("def f(x): return f", "cannot-cross"),
         ("import nosuchmodule", "import-missing"),
-        ("open('/etc/passwd')", "sealed-refusal"),
+        ("open('/etc/passwd')", "exception:FileNotFoundError"),
+        ("import os; os.fork()", "sealed-refusal"),
         ("import os; os._exit(1)", "crashed"),
         ("def g(x): pass", "exception:KeyError"),
         ("def f(x): return x * x", "passed"),
@@ -442,12 +460,249 @@ def test_idioms_of_reading_and_writing():
         assert sandbox.run(idiom, tests) == (True, "passed"), idiom
 
 
+@pytest.mark.parametrize("name", cases.PROGRAMS)
+def test_honest_programs_pass(name):
+    code = cases.PROGRAMS[name]
+    assert sandbox.run(code, cases.ADDITION) == (True, "passed")
+    other_sum = {"inputs": ["3\n4\n", "5\n6\n"], "outputs": ["7", "12"]}
+    assert sandbox.run(code, other_sum) == (False, "assertion")
+
+
+BAD_ENDS = {
+    "import os; os._exit(1)": "exception:RuntimeError",
+    "import os; os._exit(0)": "assertion",  # what was printed was not flushed
+    "import sys; sys.exit(1)": "exception:RuntimeError",
+    "import sys; sys.exit('no')": "exception:RuntimeError",
+    "import os; os.abort()": "crashed",
+    "1 / 0": "exception:ZeroDivisionError",
+    "import atexit; atexit.register(print, 'more')": "assertion",
+    "import threading; threading.Timer(0.1, print, ['more']).start()": "assertion",
+}
+
+
+@pytest.mark.parametrize("end", BAD_ENDS)
+def test_programs_that_end_badly_are_refused(end):
+    assert sandbox.run(f"{cases.ADD}\n{end}", cases.ADDITION) == (False, BAD_ENDS[end])
+
+
+def test_modules_of_the_standard_library_can_be_imported():
+    """Every module of PRELOAD that this Python has; numpy's parts too, by their attributes."""
+    names = []
+    for name in sandbox_worker.PRELOAD:
+        if importlib.util.find_spec(name):
+            names.append(name)
+    assert {"fileinput", "graphlib", "asyncio", "json"} <= set(names)
+    code = "".join(f"import {name}\n" for name in names)
+    assert sandbox.run(code + cases.ADD, cases.ADDITION) == (True, "passed")
+
+
+NUMPY_PARTS = """
+import numpy as np
+np.random.seed(1)
+assert np.random.default_rng(0).integers(1) == 0 and np.random.rand(3).size == 3
+assert np.fft.ifft(np.fft.fft([1, 2])).real.round(9).tolist() == [1, 2]
+assert np.linalg.det(np.eye(2)) == 1
+assert np.polynomial.Polynomial([1, 2])(3) == 7
+assert np.ma.array([1, 2], mask=[0, 1]).sum() == 1
+np.testing.assert_allclose(1, 1)
+print(np.loadtxt(input_of_program(), dtype=np.int64).sum())
+"""
+
+
+def test_parts_of_numpy_where_it_is_installed():
+    pytest.importorskip("numpy")
+    code = "import sys\ndef input_of_program(): return sys.stdin\n" + NUMPY_PARTS
+    assert sandbox.run(code, cases.ADDITION) == (True, "passed")
+
+
 def test_large_input_and_output():
     long_line = "9" * 70_000 + "\n"
     tests = {"inputs": [long_line], "outputs": [long_line]}
     assert sandbox.run("print(input()[::-1])", tests).passed
     tests = {"inputs": [""], "outputs": ["9" * 10_000_000]}
     assert sandbox.run("print('9' * 10_000_000)", tests).passed
+
+
+# ---------------- time: the code's own, and the machine's ----------------
+
+
+@pytest.mark.parametrize("name", cases.SLEEPERS)
+def test_waiting_on_purpose_is_wrong_and_soon(name):
+    code = f"print(sum(map(int, open(0))), flush=True)\n{cases.SLEEPERS[name]}"
+    started = time.monotonic()
+    assert sandbox.run(code, cases.ADDITION, timeout=0.3) == (False, "timeout")
+    assert time.monotonic() - started < sandbox_worker.WALL_FACTOR * 0.3
+
+
+def processes_of_job() -> list[int]:
+    """Once a job runs, within 10 seconds: the process ids of its S and T, in this order."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        parents = all_parents()
+        waiting = {worker.pid for worker in sandbox_workers()}
+        for pid, parent in parents.items():
+            if parent == os.getpid() and pid not in waiting and is_worker(pid):
+                below = sorted(descendants(pid, parents))
+                if len(below) == 2 and all(map(has_sealed_itself, below)):
+                    return below
+    raise AssertionError("no job runs")
+
+
+def has_sealed_itself(pid: int) -> bool:
+    """Whether a process, if it has not ended, has its filter of system calls."""
+    try:
+        return "Seccomp:\t2" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def is_worker(pid: int) -> bool:
+    """Whether a process, if it has not ended, runs the worker's file."""
+    try:
+        return b"sandbox_worker.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def job(code: str, timeout: float):
+    """A job under SQUARE in a thread: gives the list in which its verdict will stand."""
+    verdicts = []
+    thread = threading.Thread(
+        target=lambda: verdicts.append(sandbox.run(code, SQUARE, timeout=timeout))
+    )
+    thread.start()
+    yield verdicts
+    thread.join()
+
+
+SLOW = "import time\ntime.sleep(0.3)\ndef f(x): return x * x"
+
+
+def stop_for(pids: list[int], seconds: float) -> None:
+    """Stop processes for a while, as a busy machine does."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(seconds)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_time_that_the_machine_takes_is_not_the_codes():
+    with job(SLOW, timeout=0.6) as verdicts:
+        stop_for(processes_of_job(), 1.5)
+    assert verdicts == [(True, "passed")]
+
+
+def test_a_machine_that_is_too_slow_gives_no_verdict():
+    with job(SLOW, timeout=0.4) as verdicts:
+        stop_for(processes_of_job(), sandbox_worker.WALL_FACTOR * 0.4 + 1)
+    assert verdicts == [(None, "unknown: wall-clock")]
+    assert sandbox.run(RIGHT, SQUARE).passed
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_job_that_is_killed_twice_gives_no_verdict(which):
+    with job(SLOW, timeout=2.0) as verdicts:
+        first = processes_of_job()[which]
+        os.kill(first, signal.SIGKILL)
+        assert wait_until(lambda: first not in all_parents(), 5)
+        os.kill(processes_of_job()[which], signal.SIGKILL)
+    assert verdicts == [(None, "unknown: killed")]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_death_between_jobs_shifts_no_verdict(which):
+    sandbox.run(RIGHT, SQUARE)
+    assert wait_until(workers_are_ready, 5)
+    for worker in sandbox_workers():
+        os.kill(sorted(descendants(worker.pid))[which], signal.SIGKILL)
+    time.sleep(0.2)
+    for factor in (1, 0, 1, 0, 0, 1):
+        verdict = sandbox.run(f"def f(x): return x * x * {factor}", SQUARE)
+        assert verdict == ((True, "passed") if factor else (False, "assertion"))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_job_that_is_killed_once_runs_again(which):
+    with job(SLOW, timeout=2.0) as verdicts:
+        os.kill(processes_of_job()[which], signal.SIGKILL)
+    assert verdicts == [(True, "passed")]
+
+
+def test_a_busy_machine_is_no_reason_to_refuse():
+    """Four processes per core compete with a program that needs half of its limit."""
+    loop = [sys.executable, "-c", "while True: pass"]
+    rivals = [subprocess.Popen(loop) for _ in range(4 * CORES)]
+    try:
+        code = "import time\nwhile time.process_time() < 0.5: pass\ndef f(x): return x * x"
+        assert sandbox.run(code, SQUARE, timeout=1.0) == (True, "passed")
+        assert sandbox.run("while True: pass", SQUARE, timeout=0.3) == (False, "timeout")
+    finally:
+        for rival in rivals:
+            rival.kill()
+            rival.wait()
+
+
+def watch_for(seconds: float, monkeypatch, asleep: bool, cpu_share: float) -> str | None:
+    """The word of a watch with a limit of 1 s, after so many seconds by a clock that we turn."""
+    clock = [0.0]
+    monkeypatch.setattr(sandbox_worker.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sandbox_worker, "is_asleep", lambda pid: asleep)
+    monkeypatch.setattr(sandbox_worker, "cpu_seconds", lambda pid: cpu_share * clock[0])
+    watch = sandbox_worker.Watch((1, 2), 1.0)
+    while clock[0] < seconds:
+        clock[0] += sandbox_worker.TICK
+        word = watch.word()
+        if word:
+            return word
+    return None
+
+
+@pytest.mark.parametrize(
+    "seconds, asleep, cpu_share, word",
+    [
+        (0.9, True, 0.0, None),
+        (1.1, True, 0.0, "timeout"),  # it sleeps
+        (0.9, False, 0.5, None),
+        (1.1, False, 0.5, "timeout"),  # S and T compute, half of the time each
+        (5.0, False, 0.05, None),  # it waits for the CPU
+        (10.5, False, 0.05, "timeout"),
+        (11.9, False, 0.0, None),
+        (12.1, False, 0.0, "unknown: wall-clock"),
+    ],
+)
+def test_the_watch_charges_own_time(seconds, asleep, cpu_share, word, monkeypatch):
+    assert watch_for(seconds, monkeypatch, asleep, cpu_share) == word
+
+
+def test_where_the_kernel_does_not_show_processes_the_wall_holds(monkeypatch):
+    assert sandbox_worker.cpu_seconds(os.getpid()) > 0
+    assert not sandbox_worker.is_asleep(os.getpid())
+
+    def fields_of(path):
+        raise PermissionError
+
+    monkeypatch.setattr(sandbox_worker, "fields_of", fields_of)
+    assert sandbox_worker.cpu_seconds(os.getpid()) == 0
+    assert not sandbox_worker.is_asleep(os.getpid())
+
+
+@pytest.mark.parametrize(
+    "exit_code, cpu_time, word",
+    [
+        (-signal.SIGXCPU, 5.0, "timeout"),
+        (-signal.SIGKILL, 5.0, "timeout"),  # the hard limit
+        (-signal.SIGKILL, 0.1, "unknown: killed"),
+        (-signal.SIGSEGV, 0.1, "crashed"),
+        (-signal.SIGSYS, 0.1, "crashed"),
+        (0, 0.1, "crashed"),
+        (1, 0.1, "crashed"),
+    ],
+)
+def test_the_word_for_a_process_that_ended(exit_code, cpu_time, word):
+    assert sandbox_worker.word_of_end(exit_code, cpu_time, 5.0) == word
 
 
 # ---------------- HumanEval ----------------
@@ -555,7 +810,7 @@ def answer_with(code: str) -> str:
 
 def test_rewards_use_the_sandbox_and_refuse_where_it_cannot_seal(monkeypatch):
     row = {"id": "r", "domain": "code", "prompt": "?", "tests": SQUARE}
-    codes = [RIGHT, "def f(x): return open('x')", "import os; os._exit(0)"]
+    codes = [RIGHT, "import os\ndef f(x): return os.fork()", "import os; os._exit(0)"]
     scores = rewards.score([answer_with(code) for code in codes], [row] * 3)
     assert [(score.reward, score.why) for score in scores] == [
         (1.0, "right"),
