@@ -118,6 +118,7 @@ SPELLINGS = [
     (re.compile(r"\{([-+])\}"), r"\1"),
     (re.compile(r"\{([^{}\\]{1,20})\\over\s?([^{}\\]{1,20})\}"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\\\\[[^\]]{0,9}\]"), r"\\\\"),  # \\[4pt]
+    (re.compile(r"\\\\\s{0,5}(?=&?\s?=)"), " "),  # a line of an equation that goes on
     (re.compile(r"\\(?:begin|end)\{(?:aligned|align\*?|split|gathered|equation\*?)\}|&(?==)"), ""),
     (re.compile(r"\^\s{0,3}\{\s{0,3}\\circ\s{0,3}\}|\^o(?![A-Za-z])"), r"^\\circ "),
 ]
