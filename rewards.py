@@ -179,7 +179,7 @@ def check_rows(rows: list[dict], judge_url: str, sandbox_url: str) -> None:
     if not sandbox_url and not sandbox.UNSAFE and any(runs_code(row) for row in rows):
         code.check_sandbox()
     packaged_constraints = []
-    for row in rows:
+    for row in {id(row): row for row in rows}.values():  # the responses of a group share a row
         check_checker_name(row)
         check_fields(row)
         check_judge(row, judge_url)

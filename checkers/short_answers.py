@@ -9,6 +9,7 @@ reference has none, the answer may have one, but not % (50 % is 0.5). "5 or 6", 
 no numbers. "About" and the usual words may stand around an answer: "The answer is 5 m."
 """
 
+import functools
 import re
 import unicodedata
 from fractions import Fraction
@@ -38,16 +39,30 @@ def short_answer_equal(answer: str, reference: str, match: str | None = None) ->
 
     match="last-word" (a row's "match"): only the last word counts.
     """
+    if len(answer) + len(reference) > LONGEST_KEPT:
+        return compare(answer, reference, match)
+    return compare_once(answer, reference, match)
+
+
+def compare(answer: str, reference: str, match: str | None) -> bool:
+    """short_answer_equal, without a memory."""
     if match == "last-word":
         return last_word(answer) == last_word(reference)
     letter = LETTER.fullmatch(reference.strip())
     if letter:
-        return option_of_response(answer) == letter[1]
+        alone = LETTER.fullmatch(answer.strip())
+        chosen = alone[1] if alone else option_of_response(answer)
+        return chosen == letter[1]
     expected = read_quantity(reference)
     if expected is None:
         return texts_equal(answer, reference)
     given = first_quantity(answer)
     return given is not None and quantities_equal(given, expected)
+
+
+LONGEST_KEPT = 400  # characters of an answer and its reference whose verdict is kept
+# Responses of a group often give the same answer.
+compare_once = functools.lru_cache(maxsize=4096)(compare)
 
 
 # ---------------- numbers ----------------
