@@ -361,21 +361,19 @@ def receive(file, largest: int = 64 << 20):
     return json.loads(line)
 
 
-def same_output(printed: str, expected: str, compare: str) -> bool:
-    """Is what a program printed what it must print? The worker takes the function from printed.py.
-
-    That file cannot be imported, because an isolated process does not look into its own folder.
-    """
-    raise NotImplementedError
-
-
 def load_same_output():
-    """The function of printed.py, beside this file."""
+    """Is what a program printed what it must print? The function of printed.py, beside this file.
+
+    It cannot be imported, because an isolated process does not look into its own folder.
+    """
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "printed.py")
     specification = importlib.util.spec_from_file_location("printed", path)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module.same_output
+
+
+same_output = load_same_output()
 
 
 # ---------------- S: the model's code ----------------
@@ -914,7 +912,6 @@ def do_job() -> bool:
 
 if __name__ == "__main__":
     UNSAFE = sys.argv[1] == "1"
-    same_output = load_same_output()
     sys.path += sys.argv[2:]
     prepare()
     while do_job():
