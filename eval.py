@@ -804,7 +804,7 @@ def compare(folders: list[str]) -> str:
         items = [item for item in read_items(folder) if item["id"] in kept]
         scores_of_models.append(summarise(items))
     names = [Path(folder).name for folder in folders]
-    lines = markdown_table("", names, scores_of_models, accuracy_cells)
+    lines = markdown_table("accuracy", names, scores_of_models, accuracy_cells)
     lines += ["", *markdown_table("95 % interval", names, scores_of_models, interval_cells)]
 
     first_accuracy = accuracy[folders[0]]

@@ -172,6 +172,8 @@ FIELDS = {
     "bfcl": {"category": str, "functions": list, "possible": list, "language": str},
     "critic": {"checklist": list},
 }
+# Fields that a row may have → the values that they may have.
+VALUES = {"judge": ("rhyme",), "match": ("last-word",), "mode": ("strict", "loose")}
 
 
 def check_rows(rows: list[dict], judge_url: str, sandbox_url: str) -> None:
@@ -205,7 +207,11 @@ def check_checker_name(row: dict) -> None:
 
 
 def check_fields(row: dict) -> None:
-    """Raise UserError if a field that the row's checker reads is missing or of another type."""
+    """Raise UserError if a field that the row's checker reads is missing or not as it must be."""
+    for name, values in VALUES.items():
+        if name in row and row[name] not in values:
+            known = " or ".join(values)
+            raise UserError(f"row {row['id']}: {name} must be {known}, not {row[name]!r:.80}")
     for name, kind in FIELDS.get(row.get("checker"), {}).items():
         if not isinstance(row.get(name), kind):
             raise UserError(

@@ -131,6 +131,10 @@ def test_a_row_with_a_fault_is_refused_or_harmless(number):
     "row, fault",
     [
         ({"domain": "math", "answer": "3", "checker": []}, "checker"),
+        ({"domain": "science", "answer": "x y", "match": []}, "match"),
+        ({"domain": "science", "answer": "x y", "match": "first-word"}, "match"),
+        ({"domain": "if", "constraints": [], "mode": None}, "mode"),
+        ({"domain": "writing", "judge": "rhymes", "reference": "a"}, "judge"),
         ({"domain": "writing", "judge": "rhyme", "topic": "xyz", "reference": "a"}, "rhyme"),
         ({"domain": "writing", "judge": "rhyme", "topic": "cat", "reference": 5}, "reference"),
         ({"domain": "code", "tests": {"asserts": "", "setup": 5}}, "setup"),
