@@ -699,6 +699,10 @@ def if_job(answer: str, row: dict, constraints: list[dict]) -> dict:
 # ---------------- agent: one turn of function calls ----------------
 
 
+# Calls are compared as JSON, because in Python true equals 1.
+to_json = json.JSONEncoder(sort_keys=True).encode
+
+
 def check_agent(answers, rows, options) -> list[Verdict]:
     """Right if the calls equal the gold calls: order, names and arguments (true is not 1).
 
@@ -713,9 +717,7 @@ def check_agent(answers, rows, options) -> list[Verdict]:
         if calls is None:
             verdicts.append(Verdict(False, "unreadable calls", valid=False))
         else:
-            # As JSON, because in Python true equals 1.
-            equal = json.dumps(calls, sort_keys=True) == json.dumps(gold_calls, sort_keys=True)
-            verdicts.append(right_or_wrong(equal))
+            verdicts.append(right_or_wrong(to_json(calls) == to_json(gold_calls)))
     return verdicts
 
 

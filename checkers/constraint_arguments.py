@@ -14,10 +14,11 @@ from common.errors import UserError
 
 def natural(value) -> int:
     """A whole number from 0 up. One that a data frame has made a float (3.0) is converted."""
-    is_whole = isinstance(value, float) and value.is_integer()
-    if isinstance(value, bool) or not (isinstance(value, int) or is_whole) or value < 0:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not int or value < 0:  # True is an int, too
         raise ValueError("a whole number, 0 or more")
-    return int(value)
+    return value
 
 
 def positive(value) -> int:
@@ -268,10 +269,12 @@ def arguments_of(constraint: dict) -> dict:
     written = constraint.get("kwargs") or {}
     if not isinstance(written, dict):
         raise UserError(f"kwargs is {written!r}; it must be an object")
-    given = {name: value for name, value in written.items() if value is not None}
     types = TYPES_OF[constraint["id"]]
-    for name in given:
-        if name not in types and name not in UNUSED.get(constraint["id"], ()):
+    if not types and not written:
+        return {}
+    given = {name: value for name, value in written.items() if value is not None}
+    for name in given.keys() - types.keys():
+        if name not in UNUSED.get(constraint["id"], ()):
             known = ", ".join(types) or "none"
             raise UserError(f"it has no argument {name!r} (its arguments: {known})")
     arguments = {}

@@ -83,15 +83,8 @@ def nth_paragraph_first_word(text: str, kwargs: dict) -> bool:
 
 def number_placeholders(text: str, kwargs: dict) -> bool:
     """At least `num_placeholders` pieces of a line stand in [brackets]."""
-    count = 0
-    for line in text.split("\n"):
-        stop = 0
-        while True:
-            start = line.find("[", stop)
-            stop = line.find("]", start) + 1
-            if start < 0 or stop == 0:
-                break
-            count += 1
+    *pieces, _ = text.split("]")  # what stands before each closing bracket
+    count = sum("[" in piece.rpartition("\n")[2] for piece in pieces)
     return count >= kwargs["num_placeholders"]
 
 

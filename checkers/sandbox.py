@@ -9,9 +9,9 @@ T alone reads the job and decides; S is sent the source only. The tests' unknown
 into S. Values cross as tagged JSON and are rebuilt as exact builtin types; what is not plain data
 crosses as a handle that can only be called. Both seal themselves before they run anything: limits
 on memory, time and file size, and a seccomp allow-list without open, socket, fork, exec, kill,
-ptrace, prctl and prlimit. To S no file exists (FileNotFoundError) but its standard streams, and the
-modules of PRELOAD can be imported, no others. All of that is in sandbox_worker.py. It needs Linux
-on x86_64 or aarch64; no root, no namespaces, no packages.
+ptrace, prctl and prlimit. To S no file exists (FileNotFoundError) but its standard streams, and no
+modules can be imported but those of PRELOAD and LATE. All of that is in sandbox_worker.py. It needs
+Linux on x86_64 or aarch64; no root, no namespaces, no packages.
 
 What is guaranteed if self_test() says "sealed": S and T use no other file, process or socket; the
 limits hold; only T can write a verdict.
@@ -59,6 +59,11 @@ class Verdict(NamedTuple):
     why: str
 
 
+# All that a worker sees of the environment, which may hold secrets. One arena: else each thread of a
+# program would reserve 64 MiB of its address space.
+ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+
+
 def start_worker() -> subprocess.Popen:
     """A new worker, which waits for jobs on its stdin."""
     script = Path(__file__).with_name("sandbox_worker.py")
@@ -72,7 +77,7 @@ def start_worker() -> subprocess.Popen:
         stderr=subprocess.DEVNULL,
         cwd="/",
         start_new_session=True,  # Ctrl-C in the terminal is the trainer's, not the worker's
-        env={"OPENBLAS_NUM_THREADS": "1"},  # nothing else: the environment may hold secrets
+        env=ENVIRONMENT,
     )
 
 

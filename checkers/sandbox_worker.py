@@ -13,6 +13,7 @@ import ast
 import atexit
 import builtins
 import ctypes
+import functools
 import gc
 import importlib.util
 import io
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import select
 import signal
@@ -32,32 +34,36 @@ import types
 
 UNSAFE = False  # True (--allow-unsafe-code): no seccomp; the two processes and the limits stay
 
-# What S and T can import: the worker imports these before it forks, and a sealed process cannot
-# open any other file. They are the standard modules that compute, and those whose import harms
-# nothing and that programs name without need. Absent are windows, databases, mail and web servers,
-# and modules that act when they are imported. numpy loads its parts late, so they are named.
+# What S and T can import: a sealed process cannot open any other file. They are the standard
+# modules that compute, and those whose import harms nothing and that programs name without need.
+# Absent are windows, databases, mail and web servers, and modules that act when they are imported.
+# The worker imports PRELOAD before it forks.
 PRELOAD = """
-    __future__ abc argparse array ast asyncio atexit base64 bdb binascii bisect builtins bz2
-    cProfile calendar cmath cmd code codecs codeop collections.abc colorsys
-    concurrent.futures.process concurrent.futures.thread configparser contextlib contextvars copy
-    copyreg csv ctypes dataclasses datetime decimal difflib dis doctest email.message enum errno
-    faulthandler filecmp fileinput fnmatch fractions functools gc getopt getpass gettext glob
-    graphlib gzip hashlib heapq hmac html html.entities html.parser importlib.metadata inspect io
-    ipaddress itertools json json.tool keyword linecache locale logging lzma marshal math mimetypes
-    mmap multiprocessing multiprocessing.dummy multiprocessing.pool numbers opcode operator
-    optparse os.path pathlib pdb pickle pickletools pkgutil platform plistlib posixpath pprint
-    profile pstats queue quopri random re reprlib resource rlcompleter runpy sched secrets select
-    selectors shelve shlex shutil signal socket stat statistics string stringprep struct subprocess
-    symtable sys sysconfig tabnanny tarfile tempfile textwrap threading time timeit token tokenize
-    tomllib trace traceback tracemalloc types typing unicodedata unittest unittest.mock
-    urllib.error urllib.parse uuid warnings wave weakref xml.dom.minidom xml.etree.ElementTree
-    xml.sax zipfile zipimport zlib zoneinfo
+    __future__ abc argparse array ast atexit base64 binascii bisect builtins bz2 calendar cmath
+    codecs collections.abc concurrent.futures.thread contextlib contextvars copy copyreg csv ctypes
+    dataclasses datetime decimal difflib dis enum errno fnmatch fractions functools gc gettext glob
+    graphlib hashlib heapq hmac inspect io itertools json keyword linecache locale logging lzma
+    marshal math numbers opcode operator os.path pathlib pickle platform posixpath pprint queue
+    quopri random re reprlib resource secrets select selectors shlex shutil signal socket stat
+    statistics string stringprep struct subprocess sys textwrap threading time timeit token tokenize
+    traceback types typing unicodedata urllib.error urllib.parse uuid warnings weakref zlib zoneinfo
     _strptime encodings.ascii encodings.base64_codec encodings.cp1252 encodings.cp437
     encodings.hex_codec encodings.idna encodings.iso8859_1 encodings.latin_1 encodings.punycode
     encodings.raw_unicode_escape encodings.rot_13 encodings.unicode_escape encodings.utf_16
-    encodings.utf_16_be encodings.utf_16_le encodings.utf_32 encodings.utf_32_be
-    encodings.utf_32_le encodings.utf_8_sig
-    numpy numpy.char numpy.ctypeslib numpy.dtypes numpy.exceptions numpy.fft numpy.lib.recfunctions
+    encodings.utf_16_be encodings.utf_16_le encodings.utf_32 encodings.utf_32_be encodings.utf_32_le
+    encodings.utf_8_sig
+    numpy
+""".split()
+# Modules that few programs name: every fork would copy their pages. S and T import those that
+# the source or the tests name, before they seal themselves. numpy loads these parts late, too.
+LATE = """
+    asyncio bdb cProfile cmd code codeop colorsys concurrent.futures.process configparser doctest
+    email.message faulthandler filecmp fileinput getopt getpass gzip html html.entities html.parser
+    importlib.metadata ipaddress json.tool mimetypes mmap multiprocessing multiprocessing.dummy
+    multiprocessing.pool optparse pdb pickletools pkgutil plistlib profile pstats rlcompleter runpy
+    sched shelve symtable sysconfig tabnanny tarfile tempfile tomllib trace tracemalloc unittest
+    unittest.mock wave xml.dom.minidom xml.etree.ElementTree xml.sax zipfile zipimport
+    numpy.char numpy.ctypeslib numpy.dtypes numpy.exceptions numpy.fft numpy.lib.recfunctions
     numpy.lib.scimath numpy.lib.stride_tricks numpy.linalg numpy.ma numpy.matlib numpy.polynomial
     numpy.random numpy.rec numpy.strings numpy.testing numpy.typing
 """.split()
@@ -236,6 +242,14 @@ def seccomp_program(machine: str) -> list[tuple[int, int, int, int]]:
     return program
 
 
+@functools.cache
+def packed_filter():
+    """This machine's filter as the kernel reads it: struct sock_filter, 8 bytes an instruction."""
+    program = seccomp_program(platform.machine())
+    instructions = [struct.pack("=HBBI", *instruction) for instruction in program]
+    return (ctypes.c_char * (8 * len(program))).from_buffer_copy(b"".join(instructions))
+
+
 def prctl(option: int, value: int, pointer=None) -> None:
     """One prctl call. Raises OSError if the kernel refuses it."""
     zero = ctypes.c_ulong(0)
@@ -264,15 +278,37 @@ def seal(seconds: float, memory: int) -> None:
     if UNSAFE:
         return
 
-    instructions = seccomp_program(platform.machine())
-    packed = [struct.pack("=HBBI", *instruction) for instruction in instructions]
-    code = ctypes.create_string_buffer(b"".join(packed))
-    program = struct.pack("@HP", len(packed), ctypes.addressof(code))  # struct sock_fprog
+    code = packed_filter()
+    program = struct.pack("@HP", len(code) // 8, ctypes.addressof(code))  # struct sock_fprog
     # No other process of this user can trace it or read its memory.
     prctl(PR_SET_DUMPABLE, 0)
     # The kernel asks this of a process that sets a filter without being root.
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.create_string_buffer(program))
+
+
+def import_all(names: list[str]) -> None:
+    """Import those of the modules that there are."""
+    for name in names:
+        try:
+            __import__(name)
+        except ImportError:
+            pass  # numpy need not be installed; some modules are newer than some Pythons
+
+
+def named_modules(text: str) -> list[str]:
+    """The modules of LATE that a program may mean, by the words in its text.
+
+    Of numpy the parts that are named; of every other package all that LATE has, because its modules
+    import each other when they are used.
+    """
+    words = set(re.findall(r"\w+", text))
+    names = []
+    for name in LATE:
+        parts = name.split(".")
+        if words.issuperset(parts if parts[0] == "numpy" else parts[:1]):
+            names.append(name)
+    return names
 
 
 # ---------------- values between S and T ----------------
@@ -522,6 +558,7 @@ def solution() -> None:
     from_t = open(SIDE_S, "rb")
     to_t = open(SIDE_S, "wb")
     source, setup, seconds, memory, module_name = receive(from_t)
+    import_all(named_modules(f"{setup}\n{source}"))
     open_streams()
     namespace = new_module(module_name)
     is_program = module_name == "__main__"
@@ -701,6 +738,7 @@ def judge(code: str, tests: dict, timeout: float, memory: int) -> str:
         os.lseek(INPUT, 0, os.SEEK_SET)
         # S gets the source and the helpers of setup, never the tests.
         send(connection.to_s, (code, tests.get("setup", ""), timeout, memory, module_name))
+        import_all(named_modules(f"{tests.get('setup')}\n{tests.get('asserts')}"))
         seal(timeout, memory)  # before T reads the first byte that S wrote
         try:
             connection.reply()
@@ -844,16 +882,14 @@ def make_descriptors() -> None:
 
 
 def prepare() -> None:
-    """Move stdin and stdout to JOB and VERDICT, and import all that S and T may use."""
+    """Move stdin and stdout to JOB and VERDICT, and make what every S and T will use."""
+    if not UNSAFE:
+        packed_filter()  # made once: the children inherit it
     null = os.open("/dev/null", os.O_RDWR)
     for old, new in ((0, JOB), (1, VERDICT), (null, 0), (null, 1), (null, 2)):
         os.dup2(old, new)
     builtins.exit = builtins.quit = sys.exit  # -S leaves these out, and programs use them
-    for name in PRELOAD:
-        try:
-            __import__(name)
-        except ImportError:
-            pass  # numpy need not be installed; some modules are newer than some Pythons
+    import_all(PRELOAD)
     gc.freeze()  # so that no child's collector copies the pages of what is here
 
 
@@ -898,16 +934,22 @@ def do_job() -> bool:
     word, seconds = wait_for_word((s_id, t_id))
 
     suspect = {None: t_id, "crashed": s_id}.get(word)
+    if suspect is None:
+        send_verdict(word)  # first, so that the next job is on its way while these two end
     ended_alone = suspect is not None and ends_alone(suspect)
     ends = {s_id: end(s_id), t_id: end(t_id)}
     if seconds is None:
         # No more jobs, or someone killed T. A verdict would be taken for that of the next job.
         return False
-    if ended_alone:
-        word = word_of_end(*ends[suspect], seconds)
-    with open(VERDICT, "wb", closefd=False) as verdict:
-        send(verdict, word or "crashed")
+    if suspect is not None:
+        send_verdict(word_of_end(*ends[suspect], seconds) if ended_alone else "crashed")
     return True
+
+
+def send_verdict(word: str) -> None:
+    """Write a job's verdict to the trainer."""
+    with open(VERDICT, "wb", closefd=False) as verdict:
+        send(verdict, word)
 
 
 if __name__ == "__main__":

@@ -486,14 +486,36 @@ def test_programs_that_end_badly_are_refused(end):
 
 
 def test_modules_of_the_standard_library_can_be_imported():
-    """Every module of PRELOAD that this Python has; numpy's parts too, by their attributes."""
+    """Every module of PRELOAD and LATE that this Python has."""
     names = []
-    for name in sandbox_worker.PRELOAD:
+    for name in sandbox_worker.PRELOAD + sandbox_worker.LATE:
         if importlib.util.find_spec(name):
             names.append(name)
     assert {"fileinput", "graphlib", "asyncio", "json"} <= set(names)
     code = "".join(f"import {name}\n" for name in names)
     assert sandbox.run(code + cases.ADD, cases.ADDITION) == (True, "passed")
+
+
+@pytest.mark.parametrize("name", sandbox_worker.LATE)
+def test_a_late_module_is_there_for_the_program_and_for_the_tests_that_name_it(name):
+    if not importlib.util.find_spec(name):
+        pytest.skip(f"this Python has no {name}")
+    package, _, part = name.rpartition(".")
+    form = f"from {package} import {part}" if package else f"import {name}"
+    tests = {"setup": "", "asserts": f"{form}\nassert f() == 1"}
+    assert sandbox.run(f"{form}\ndef f(): return 1", tests) == (True, "passed")
+
+
+def test_the_setup_may_name_a_late_module():
+    tests = {"setup": "import tomllib", "asserts": "assert f('x = 1') == tomllib.loads('x = 1')"}
+    code = "def f(text): return tomllib.loads(text)"
+    assert sandbox.run(code, tests) == (True, "passed")
+
+
+@pytest.mark.parametrize("name", ["'asyn' + 'cio'", "'numpy' + '.testing'"])
+def test_a_program_loads_no_late_module_that_it_does_not_name(name):
+    code = f"import sys, random\nfrom typing import List\ndef f(): return {name} in sys.modules"
+    assert sandbox.run(code, {"asserts": "assert f() is False"}) == (True, "passed")
 
 
 NUMPY_PARTS = """
@@ -615,6 +637,7 @@ def test_a_job_that_is_killed_twice_gives_no_verdict(which):
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_death_between_jobs_shifts_no_verdict(which):
     sandbox.run(RIGHT, SQUARE)
+    time.sleep(0.5)  # a verdict comes before the end of its job's processes
     assert wait_until(workers_are_ready, 5)
     for worker in sandbox_workers():
         os.kill(sorted(descendants(worker.pid))[which], signal.SIGKILL)
