@@ -59,8 +59,8 @@ class Verdict(NamedTuple):
     why: str
 
 
-# All that a worker sees of the environment, which may hold secrets. One arena: else each thread of a
-# program would reserve 64 MiB of its address space.
+# All that a worker sees of the environment, which may hold secrets. With one arena: else each thread
+# of a program would reserve 64 MiB of its address space.
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 
 
