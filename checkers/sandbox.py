@@ -59,7 +59,7 @@ class Verdict(NamedTuple):
     why: str
 
 
-# All that a worker sees of the environment, which may hold secrets. With one arena: else each thread
+# All that a worker sees of the environment, which may hold secrets. Without the second, each thread
 # of a program would reserve 64 MiB of its address space.
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 
