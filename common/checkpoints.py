@@ -3,8 +3,10 @@
 A kill at any moment leaves the last complete checkpoint. Any number of ranks can resume it.
 """
 
+import contextlib
 import copy
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -12,17 +14,18 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as sharded_files
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from transformers import AutoModelForCausalLM
 
 from common import ranks
 from common.errors import UserError
 from common.files import write_text
+from common.models import load_network
 
 # ---------------- folders ----------------
 
@@ -46,12 +49,13 @@ def save_folder(link: Path, tag: str, write) -> None:
         ranks.barrier()
         if not ranks.is_first():
             return
+        make_durable(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"cannot save {folder}: {error}; the last whole checkpoint is kept"
+            f"cannot save {folder}: {reason_of(error)}; the last whole checkpoint is kept"
         ) from error
     pointer = link.with_name(f"{link.name}.tmp")
     pointer.unlink(missing_ok=True)
@@ -60,6 +64,25 @@ def save_folder(link: Path, tag: str, write) -> None:
     for old in link.parent.glob(f"{link.name}-*"):
         if old.name != folder.name:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def reason_of(error: BaseException) -> str:
+    """An error's reason in one line. A CheckpointException has one error per rank."""
+    if isinstance(error, CheckpointException):
+        for rank, (failure, _) in sorted(error.failures.items()):
+            return f"rank {rank}: {reason_of(failure)}"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
+
+
+def make_durable(folder: Path) -> None:
+    """Let the disk write all files of a folder: a power cut after the rename is then harmless."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def save_model(folder: Path, model, tokenizer, tensors, shard_bytes: int = 4 << 30) -> None:
@@ -81,6 +104,13 @@ def save_model(folder: Path, model, tokenizer, tensors, shard_bytes: int = 4 << 
     tokenizer.save_pretrained(folder)
 
 
+def umask() -> int:
+    """The permissions that this process takes from new files."""
+    mask = os.umask(0)  # it can only be read by setting it
+    os.umask(mask)
+    return mask
+
+
 def save_weights(folder: Path, tensors, shard_bytes: int) -> torch.dtype:
     """Write model.safetensors, or several shards and their index. Returns the tensors' dtype."""
     shard_paths = []  # the files written so far
@@ -92,6 +122,7 @@ def save_weights(folder: Path, tensors, shard_bytes: int) -> torch.dtype:
     def write_shard():
         path = folder / f"model-{len(shard_paths) + 1:05d}.safetensors"
         save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(0o666 & ~umask())  # the library makes it readable by its owner alone
         shard_paths.append(path)
         shard.clear()
 
@@ -144,7 +175,7 @@ def save_checkpoint(out: Path, step: int, policy, tokenizer, optimizer, state: d
 
 def load_weights(policy, folder) -> None:
     """Put a checkpoint's weights into the policy. Raises UserError if their shapes differ."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = load_network(str(folder))
     options = StateDictOptions(full_state_dict=True)
     try:
         set_model_state_dict(policy.model, model.state_dict(), options=options)
@@ -159,16 +190,45 @@ def load_weights(policy, folder) -> None:
 def load_checkpoint(folder: Path, policy, optimizer, state: dict) -> int:
     """Restore the policy, the optimizer and the algorithm's state in place.
 
-    Returns the step of the checkpoint. Raises UserError if it is of another model.
+    Returns the step of the checkpoint. Raises UserError if it is damaged or of another model.
     """
     load_weights(policy, folder)
-    shards = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
-    sharded_files.load(shards, checkpoint_id=folder / "optimizer")
-    set_optimizer_state_dict(policy, optimizer, shards["optimizer"])
-    saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-    for name, value in saved["state"].items():
-        if hasattr(state[name], "load_state_dict"):
-            state[name].load_state_dict(value)
-        else:
-            state[name] = value
-    return saved["step"]
+    with readable(folder, "optimizer"):
+        shards = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
+        sharded_files.load(shards, checkpoint_id=folder / "optimizer")
+        set_optimizer_state_dict(policy, optimizer, shards["optimizer"])
+    with readable(folder, "trainer.pt"):
+        saved = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        for name, value in saved["state"].items():
+            if hasattr(state[name], "load_state_dict"):
+                state[name].load_state_dict(value)
+            else:
+                state[name] = value
+        return saved["step"]
+
+
+@contextlib.contextmanager
+def readable(folder: Path, part: str):
+    """Raise UserError, instead of whatever else, if a part of a checkpoint cannot be read."""
+    logging.disable()  # torch logs the traceback of an error that it also raises
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        raise UserError(
+            f"{folder}: {part} is damaged or of another model ({reason_of(error):.200}); "
+            f"{other_checkpoints(folder)}"
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def other_checkpoints(folder: Path) -> str:
+    """What a user can do without a checkpoint: which other folders of it are there."""
+    current = folder.resolve()
+    others = []
+    for path in sorted(current.parent.glob(f"{folder.name}-*")):
+        if path != current and (path / "trainer.pt").exists():
+            others.append(str(path))
+    if others:
+        return f"{others[-1]} is there as well: let the link {folder} point to it"
+    return "there is no older one: begin anew with another --out"

@@ -77,12 +77,14 @@ def from_pretrained(cls, name: str, **options):
     """cls.from_pretrained(name, **options). Raises UserError of one line if that fails."""
     try:
         return cls.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    # What a damaged file raises is up to the library that reads it.
+    except Exception as error:
         if Path(name).is_dir():
             place = "from that folder"
         else:
             place = "from the local cache or the hub (is the hub reachable?)"
-        reason = str(error).strip().splitlines()[0]
+        lines = str(error).strip().splitlines() or [""]
+        reason = lines[0] if isinstance(error, OSError) else f"{type(error).__name__}: {lines[0]}"
         raise UserError(f"model {name}: cannot load it {place}: {reason}") from error
 
 
@@ -92,7 +94,9 @@ def load_model(name: str):
     Raises UserError if the model cannot be loaded or cannot be trained here.
     """
     tokenizer = from_pretrained(AutoTokenizer, name)
-    model = from_pretrained(AutoModelForCausalLM, name, dtype=torch.float32)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise UserError(f"model {name}: it has no tokenizer files (tokenizer.json or the like)")
+    model = load_network(name)
     fuse_gelu(model)
     check_tensors(name, model)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -100,6 +104,52 @@ def load_model(name: str):
             f"--model {name}: its tokenizer has {len(tokenizer)} ids, its embedding fewer"
         )
     return tokenizer, model, find_stop_ids(name, tokenizer, model)
+
+
+# What torch.compile and DistributedDataParallel put before each tensor's name
+WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.)+")
+# Tensors of old checkpoints that are no weights: masks and the frequencies of rotary embeddings
+OLD_BUFFERS = re.compile(r"(?:^|\.)(?:attn\.bias|masked_bias|rotary_emb\.inv_freq)$")
+
+
+def load_network(name: str):
+    """The model in fp32 on the CPU, with every weight from its files.
+
+    transformers fills a weight that the files lack with random numbers, and drops one that the
+    model lacks. Both raise UserError here. A head that is tied to the embedding may be absent.
+    """
+    model, report = load_with_report(name)
+    wrapped = [key for key in report["unexpected_keys"] if WRAPPERS.match(key)]
+    if wrapped:
+        prefix = WRAPPERS.match(wrapped[0])[0]
+        print(f"model {name}: the names of its tensors begin with {prefix}, which is left out")
+        model, report = load_with_report(name, key_mapping={WRAPPERS.pattern: ""})
+
+    faults = [f"its files have no tensor {key}" for key in sorted(report["missing_keys"])]
+    for key, found, expected in sorted(report["mismatched_keys"]):
+        faults.append(f"tensor {key} has the shape {list(found)}, not {list(expected)}")
+    for key in sorted(report["unexpected_keys"]):
+        if not OLD_BUFFERS.search(key):
+            faults.append(f"its files have a tensor {key}, and {type(model).__name__} has none")
+    if faults:
+        more = f" (and {len(faults) - 1} more of such faults)" if len(faults) > 1 else ""
+        raise UserError(
+            f"model {name}: {faults[0]}{more}: its weights and its config.json do not belong "
+            "together"
+        )
+    return model
+
+
+def load_with_report(name: str, **options):
+    """(the model in fp32, transformers' report of the tensors that did not fit)."""
+    return from_pretrained(
+        AutoModelForCausalLM,
+        name,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # they are in the report
+        output_loading_info=True,
+        **options,
+    )
 
 
 def fuse_gelu(model) -> None:

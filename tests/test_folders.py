@@ -1,0 +1,225 @@
+"""Models' folders and checkpoints that are damaged, incomplete or of another model."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
+
+import grpo
+from common import checkpoints, models
+from common.errors import UserError
+from helpers import ROOT
+
+EMBEDDING = "transformer.wte.weight"
+
+
+@pytest.fixture
+def folder(toy, tmp_path):
+    """A copy of the toy's folder."""
+    shutil.copytree(toy, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_weights(folder, change) -> None:
+    """Write the folder's weights again, after change(name → tensor)."""
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def renamed(prefix):
+    """A change of weights: every name gets a prefix."""
+    return lambda weights: {prefix + name: tensor for name, tensor in weights.items()}
+
+
+# ---------------- weights that do not fit their model ----------------
+
+
+def without_a_tensor(weights):
+    weights.pop("transformer.h.0.ln_1.weight")
+    return weights
+
+
+def with_a_tensor(weights):
+    return {**weights, "extra.weight": torch.zeros(2)}
+
+
+def with_another_shape(weights):
+    return {**weights, "transformer.ln_f.weight": torch.zeros(3)}
+
+
+def without_a_name(weights):
+    return {f"w{i}": tensor for i, tensor in enumerate(weights.values())}
+
+
+MISFITS = {
+    without_a_tensor: "no tensor transformer.h.0.ln_1.weight",
+    with_a_tensor: "a tensor extra.weight",
+    with_another_shape: r"transformer.ln_f.weight has the shape \[3\]",
+    without_a_name: "more of such faults",
+}
+
+
+@pytest.mark.parametrize("change", MISFITS, ids=lambda change: change.__name__)
+def test_no_weight_is_random(folder, change):
+    change_weights(folder, change)
+    with pytest.raises(UserError, match=MISFITS[change]):
+        models.load_model(str(folder))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_what_wrappers_put_before_names_is_left_out(folder, toy, prefix, capsys):
+    change_weights(folder, renamed(prefix))
+    _, model, _ = models.load_model(str(folder))
+    _, expected, _ = models.load_model(str(toy))
+    weights = model.state_dict()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(weights[name], tensor), name
+    assert prefix in capsys.readouterr().out
+
+
+def test_the_hubs_old_layout_is_read(folder, toy):
+    def old(weights):
+        weights = {name.removeprefix("transformer."): weights[name] for name in weights}
+        weights["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
+        weights["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+        return weights
+
+    change_weights(folder, old)
+    _, model, _ = models.load_model(str(folder))
+    _, expected, _ = models.load_model(str(toy))
+    assert torch.equal(
+        model.state_dict()[EMBEDDING],
+        expected.state_dict()[EMBEDDING],
+    )
+
+
+# ---------------- files that are damaged or missing ----------------
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def garbage(path):
+    path.write_bytes(b"\x93garbage" * 50)
+
+
+def no_object(path):
+    path.write_text("[]")
+
+
+DAMAGES = [
+    ("model.safetensors", cut),
+    ("model.safetensors", empty),
+    ("model.safetensors", garbage),
+    ("model.safetensors", os.unlink),
+    ("config.json", cut),
+    ("config.json", empty),
+    ("config.json", garbage),
+    ("config.json", no_object),
+    ("tokenizer.json", cut),
+    ("tokenizer.json", garbage),
+    ("tokenizer.json", no_object),
+]
+
+
+@pytest.mark.parametrize("name, damage", DAMAGES)
+def test_a_damaged_model_is_named_in_one_line(folder, name, damage):
+    damage(folder / name)
+    with pytest.raises(UserError, match="model") as caught:
+        models.load_model(str(folder))
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder):
+    for path in folder.glob("*token*"):
+        path.unlink()
+    for path in (*folder.glob("vocab*"), *folder.glob("merges*")):
+        path.unlink()
+    with pytest.raises(UserError, match="tokenizer"):
+        models.load_model(str(folder))
+
+
+def test_a_script_ends_in_one_line(folder, tmp_path):
+    change_weights(folder, without_a_tensor)
+    command = [sys.executable, "grpo.py", "--model", str(folder), "--data", "toy"]
+    command += ["--steps", "1", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "no tensor transformer.h.0.ln_1.weight" in done.stderr.splitlines()[-1]
+
+
+# ---------------- saving ----------------
+
+
+def test_a_checkpoints_files_have_the_permissions_of_new_files(tmp_path):
+    old = os.umask(0o027)
+    try:
+        checkpoints.save_weights(tmp_path, [("w", torch.zeros(2))], 1 << 30)
+    finally:
+        os.umask(old)
+    mode = (tmp_path / "model.safetensors").stat().st_mode
+    assert stat.S_IMODE(mode) == 0o640
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+    """torch wraps the error in a CheckpointException, which is no Exception."""
+
+    def write(folder):
+        (folder / "half").write_text("half")
+        full = OSError(28, "No space left on device")
+        raise CheckpointException("write", {0: (full, None)})
+
+    with pytest.raises(UserError, match="rank 0: .*No space left.*whole checkpoint is kept"):
+        checkpoints.save_folder(tmp_path / "checkpoint", "000001", write)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------- resuming from a damaged checkpoint ----------------
+
+TRAINING = ["--data", "toy", "--batch-prompts", "4", "--mini-batch-prompts", "4"]
+TRAINING += ["--group-size", "4", "--save-every", "1", "--eval-prompts", "1"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """The folder of a run of one step."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    grpo.main([*TRAINING, "--steps", "1", "--out", str(out)])
+    return out
+
+
+CHECKPOINT_DAMAGES = [
+    ("trainer.pt", cut),
+    ("trainer.pt", empty),
+    ("trainer.pt", os.unlink),
+    ("optimizer/__0_0.distcp", cut),
+    ("optimizer/__0_0.distcp", os.unlink),
+    ("optimizer/.metadata", garbage),
+    ("model.safetensors", cut),
+]
+
+
+@pytest.mark.parametrize("name, damage", CHECKPOINT_DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_left_as_it_is(run_folder, tmp_path, capfd, name, damage):
+    out = tmp_path / "out"
+    shutil.copytree(run_folder, out, symlinks=True)
+    damage(out / "checkpoint" / name)
+    lines = (out / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="checkpoint") as caught:
+        grpo.main([*TRAINING, "--steps", "2", "--out", str(out), "--resume"])
+    assert "\n" not in str(caught.value)
+    assert (out / "metrics.jsonl").read_text() == lines
+    assert "Traceback" not in capfd.readouterr().err
