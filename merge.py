@@ -42,7 +42,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common.cli import Parser, add_flags, fraction, number, run_main, share
+from common.cli import Parser, add_flags, finite, fraction, run_main, seed, share
 from common.errors import UserError
 from common.files import check_output_folder, write_text
 from common.keys import rng
@@ -678,7 +678,6 @@ def write_index(folder: Path, shards: dict[str, list[str]], total_bytes: int) ->
 
 def parse_args(argv: list[str] | None = None):
     """The flags, checked. A wrong flag ends the script."""
-    finite = number(float, "be a finite number", np.isfinite)
     parser = Parser(__doc__)
     add = parser.add_argument
     add(
@@ -730,7 +729,7 @@ def parse_args(argv: list[str] | None = None):
         default="base",
         help="type of the written weights; base: the type that they have in the base",
     )
-    add("--seed", type=int, default=0, help="seed of DARE's random numbers")
+    add("--seed", type=seed, default=0, help="seed of DARE's random numbers")
     add_flags(parser, "--threads")
     add("--out", required=True, help="folder to write")
     args = parser.parse_args(argv)

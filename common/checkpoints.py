@@ -60,6 +60,8 @@ def save_folder(link: Path, tag: str, write) -> None:
     pointer = link.with_name(f"{link.name}.tmp")
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(folder.name)
+    if link.is_dir() and not link.is_symlink():  # a copy of the run was made without links
+        link.rename(link.with_name(f"{link.name}-copied"))
     os.replace(pointer, link)
     for old in link.parent.glob(f"{link.name}-*"):
         if old.name != folder.name:

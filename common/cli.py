@@ -5,6 +5,7 @@ alone is defined in that script, with a type from here.
 """
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -21,7 +22,7 @@ from common.rows import DOMAINS
 def number(kind: type, rule: str, is_allowed):
     """An argparse type that reads a number of `kind` (int or float) and checks its range.
 
-    A value is refused with "must <rule>" unless is_allowed(value).
+    A value is refused with "must <rule>" unless is_allowed(value). inf and nan always are.
     """
 
     def parse(text: str):
@@ -30,6 +31,8 @@ def number(kind: type, rule: str, is_allowed):
         except ValueError:
             kind_name = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text}: must be {kind_name}") from None
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text}: must be a finite number")
         if not is_allowed(value):
             raise argparse.ArgumentTypeError(f"{text}: must {rule}")
         return value
@@ -43,6 +46,8 @@ natural = number(int, "not be negative", lambda value: value >= 0)
 positive_float = number(float, "be positive", lambda value: value > 0)
 non_negative_float = number(float, "not be negative", lambda value: value >= 0)
 fraction = number(float, "be at least 0 and below 1", lambda value: 0 <= value < 1)
+finite = number(float, "be a number", lambda value: True)
+seed = number(int, "be at least 0 and below 2^32", lambda value: 0 <= value < 2**32)
 share = number(float, "be above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
@@ -138,12 +143,41 @@ def add_flags(parser, *names: str, **defaults) -> None:
     parser.set_defaults(**defaults)
 
 
+class Outlet:
+    """stdout whose reader may leave (`| head`): the work goes on, and its prints go nowhere."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self.print_nowhere()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self.print_nowhere()
+
+    def print_nowhere(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 def run_main(main, advice: str = "--resume continues from the last checkpoint") -> None:
     """Call main(). UserError, OSError and Ctrl-C end in one line on stderr and exit status 1.
 
     advice: what the user can do after Ctrl-C.
     """
     script = script_name()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal of ASCII alone shows ? for an arrow
+    sys.stdout = Outlet(sys.stdout)
     try:
         main()
     except (UserError, OSError) as error:
@@ -315,7 +349,7 @@ FLAGS = {
         "help": "run model-written code even if this machine cannot isolate it",
     },
     # the run
-    "--seed": {"type": int, "default": 0, "help": "seed of every random number"},
+    "--seed": {"type": seed, "default": 0, "help": "seed of every random number"},
     "--threads": {
         "type": natural,
         "default": 0,

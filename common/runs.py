@@ -1,6 +1,8 @@
 """A run's folder, with args.json, metrics.jsonl and samples.jsonl. Two runs never share one."""
 
+import fcntl
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,9 +20,10 @@ from common.files import (
 )
 from common.keys import hash_of
 
-# Flags that may change when a run is resumed. (With a curriculum --steps may not, because the
-# curriculum depends on the run's length.)
+# Flags that may change when a run is resumed; args.json keeps the changes in "history". (With a
+# curriculum --steps may not, because the curriculum depends on the run's length.)
 FREE_FLAGS = {
+    "lr",
     "out",
     "resume",
     "steps",
@@ -30,6 +33,8 @@ FREE_FLAGS = {
     "wandb",
     "ranks",
 }
+LOCK = ".lock"  # a file of the run's folder: the process that trains in it holds a lock on it
+held_locks = {}  # {path of such a file: the file}, of this process
 SERVERS = ("verifier_url", "judge_url", "sandbox_url")  # their addresses may change
 
 
@@ -66,14 +71,80 @@ def open_run(args, algorithm: str, write: bool = True) -> Path:
     if getattr(args, "curriculum", "none") != "none":
         free.remove("steps")
     flags = comparable(vars(args) | {"algorithm": algorithm}, free)
-    out = Path(args.out) if args.out else default_folder(args, algorithm, flags)
+    named_flags = comparable(vars(args) | {"algorithm": algorithm}, free - {"lr"})
+    out = Path(args.out) if args.out else default_folder(args, algorithm, named_flags)
     check_folder(out, flags, free, args.resume, algorithm)
+    if args.resume:
+        check_checkpoint(out, args.steps)
     if write:
         out.mkdir(parents=True, exist_ok=True)
+        lock(out)
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         values = vars(args) | {"algorithm": algorithm, "out": str(out), "ranks": world_size}
+        values["history"] = history_of(out, values)
         write_text(out / "args.json", json.dumps(values, indent=1))
     return out
+
+
+def lock(out: Path) -> None:
+    """Keep other processes out of the run's folder as long as this one lives.
+
+    Raises UserError if another one is in it.
+    """
+    path = str(out.resolve() / LOCK)
+    if path in held_locks:
+        return
+    file = open(path, "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"{out}: another process is training there: wait for it, or end it"
+        ) from None
+    held_locks[path] = file
+
+
+def history_of(out: Path, values: dict) -> list[str]:
+    """The changes of flags by the resumptions of a run so far, this one among them.
+
+    values: what args.json is to hold now.
+    """
+    if not (out / "args.json").exists():
+        return []
+    old = read_flags(out)
+    history = old.pop("history", [])
+    changes = changed_flags(
+        comparable(old, {"resume", "out"}), comparable(values, {"resume", "out"})
+    )
+    return [*history, changes] if changes else history
+
+
+def read_flags(out: Path) -> dict:
+    """A run's args.json. Raises UserError if it is damaged."""
+    try:
+        flags = json.loads((out / "args.json").read_text())
+    except ValueError:
+        flags = None
+    if not isinstance(flags, dict):
+        raise UserError(f"{out / 'args.json'} is damaged: a run writes its flags there, as JSON")
+    return flags
+
+
+def check_checkpoint(out: Path, steps: int) -> None:
+    """Raise UserError if a resumed run's checkpoint is lost, or already further than `steps`."""
+    link = out / "checkpoint"
+    if not link.is_symlink():
+        return
+    target = os.readlink(link)
+    if not link.exists():
+        raise UserError(
+            f"{link} points to {target}, which is not there: bring it back, or begin anew with "
+            "another --out"
+        )
+    step = target.rpartition("-")[2]
+    if step.isdecimal() and int(step) > steps:
+        raise UserError(f"--steps {steps}: {out} has done {int(step)} steps already")
 
 
 def default_folder(args, algorithm: str, flags: dict) -> Path:
@@ -93,7 +164,7 @@ def check_folder(out: Path, flags: dict, free: set, resume: bool, algorithm: str
     """Raise UserError if a run with these flags may not use this folder."""
     check_output_folder("--out", str(out))
     if (out / "args.json").exists():
-        old = comparable(json.loads((out / "args.json").read_text()), free)
+        old = comparable(read_flags(out), {*free, "history"})
         changes = changed_flags(old, flags)
         if changes:
             raise UserError(f"{out} holds a run with other flags ({changes}): choose another --out")
@@ -106,7 +177,7 @@ def check_folder(out: Path, flags: dict, free: set, resume: bool, algorithm: str
         raise UserError(
             f"--resume: {out} holds no run of these flags; leave --resume out to start one"
         )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and {path.name for path in out.iterdir()} - {LOCK}:
         raise UserError(f"--out {out} exists, is not empty and holds no run: choose another folder")
 
 

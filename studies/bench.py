@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from common.cli import Parser, add_flags, positive_int, run_main
+from common.cli import Parser, add_flags, non_negative_float, positive_int, run_main
 from common.errors import UserError
 from common.files import check_output_file, write_text
 from common.memory import count_parameters, memory_by_part, peaks
@@ -226,7 +226,7 @@ def add_measuring_flags(parser) -> None:
         default="mergekit-yaml",
         help="merge: mergekit's command, which may belong to another environment",
     )
-    add("--experts", type=int, default=3, help="merge: number of experts")
+    add("--experts", type=positive_int, default=3, help="merge: number of experts")
     add("--json", default="", help="also write the numbers to this file")
 
 
@@ -236,7 +236,7 @@ def add_fit_flags(parser) -> None:
     add("--ranks", type=positive_int, default=1, help="fit: number of ranks that share the model")
     add(
         "--device-gb",
-        type=float,
+        type=non_negative_float,
         default=0.0,
         help="fit: memory of a device in GB; 0: that of this machine's GPU, or 80 without one",
     )
@@ -248,11 +248,16 @@ def add_fit_flags(parser) -> None:
     )
     add(
         "--domains",
-        type=int,
+        type=positive_int,
         default=5,
         help="fit: number of domains; pcgrad keeps a gradient per domain",
     )
-    add("--beta", type=float, default=0.001, help="weight of the KL; 0: keep no reference model")
+    add(
+        "--beta",
+        type=non_negative_float,
+        default=0.001,
+        help="weight of the KL; 0: keep no reference model",
+    )
 
 
 def device_memory() -> float:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import merge
-from common.cli import natural
+from common.cli import natural, seed
 from common.errors import UserError
 from common.keys import rng
 from studies import pictures
@@ -62,7 +62,7 @@ def parse_args(parser, argv):
         help="compare only these layers (the paper: 17); default: all, which takes hours if there "
         "are billions of weights",
     )
-    add("--seed", type=int, default=0, help="seed of the random projection")
+    add("--seed", type=seed, default=0, help="seed of the random projection")
     return parser.parse_args(argv)
 
 

@@ -1,8 +1,10 @@
 """Errors: one line, a non-zero exit status, nothing half-written."""
 
+import importlib
 import json
 import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -11,7 +13,7 @@ import famo
 import grpo
 import mcpo
 from common.files import write_jsonl
-from helpers import ALGORITHMS, fails, run
+from helpers import ALGORITHMS, ROOT, fails, run
 
 
 @pytest.mark.parametrize(
@@ -32,7 +34,7 @@ from helpers import ALGORITHMS, fails, run
         (["--group-size", "1"], "at least 2 responses"),
         (["--mini-batch-prompts", "7"], "does not divide"),
         (["--lr", "-1"], "--lr -1: must be positive"),
-        (["--lr", "nan"], "--lr nan: must be positive"),
+        (["--lr", "nan"], "--lr nan: must be a finite number"),
         (["--max-new-tokens", "100"], "exceed the model's context of 64"),
         (["--max-prompt-tokens", "2"], "every prompt is longer than"),
         (["--data", "nowhere.jsonl"], "no such file"),
@@ -151,7 +153,7 @@ def test_no_space_on_the_device(toy, tmp_path):
     assert done.returncode == 1
     assert "cannot save" in done.stderr.splitlines()[-1]
     names = sorted(path.name for path in out.iterdir())
-    assert names == ["args.json", "metrics.jsonl", "samples.jsonl"]
+    assert names == [".lock", "args.json", "metrics.jsonl", "samples.jsonl"]
 
 
 def test_a_hub_that_cannot_be_reached_is_told_in_one_line(toy):
@@ -161,3 +163,50 @@ def test_a_hub_that_cannot_be_reached_is_told_in_one_line(toy):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("cgpo.py: model Qwen/Qwen2.5-7B-Instruct: cannot load it")
+
+
+# ---------------- numbers, terminals and pipes ----------------
+
+SCRIPTS = [*ALGORITHMS, "sft", "eval", "merge", "studies.bench"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_number_may_be_infinite_or_none(name, capsys):
+    module = importlib.import_module(name)
+    before = ["fit"] if name == "studies.bench" else []
+    with pytest.raises(SystemExit):
+        module.parse_args([*before, "--help"])
+    flags = re.findall(r"(--[\w-]+)((?: X)+)", capsys.readouterr().out)
+    assert flags
+    for flag, numbers in flags:
+        for value in ("inf", "nan", "1e400"):
+            with pytest.raises(SystemExit):
+                module.parse_args([*before, flag, *[value] * numbers.count("X")])
+            assert f"{flag} {value}: " in capsys.readouterr().err
+
+
+def test_a_terminal_of_ascii_alone():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "grpo.py", "--help"], cwd=ROOT, env=environment, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"?" in done.stdout
+
+
+def test_a_reader_that_leaves_does_not_end_the_work():
+    """Far more is printed than a pipe holds."""
+    code = (
+        "import sys\nfrom common.cli import run_main\n"
+        "def main():\n    for i in range(50_000): print('a line of text', i)\n"
+        "    print('worked', file=sys.stderr)\n"
+        "run_main(main)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"worked\n"
+    assert process.wait() == 0
+    process.stderr.close()

@@ -1,5 +1,6 @@
 """Models' folders and checkpoints that are damaged, incomplete or of another model."""
 
+import json
 import os
 import shutil
 import stat
@@ -223,3 +224,69 @@ def test_a_damaged_checkpoint_is_named_and_left_as_it_is(run_folder, tmp_path, c
     assert "\n" not in str(caught.value)
     assert (out / "metrics.jsonl").read_text() == lines
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_link_to_nothing_is_named_and_costs_no_metrics(run_folder, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(run_folder, out, symlinks=True)
+    shutil.rmtree((out / "checkpoint").resolve())
+    lines = (out / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="points to checkpoint-000001, which is not there"):
+        grpo.main([*TRAINING, "--steps", "2", "--out", str(out), "--resume"])
+    assert (out / "metrics.jsonl").read_text() == lines
+
+
+def test_a_run_that_was_copied_without_links_goes_on_and_saves(run_folder, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(run_folder, out)
+    grpo.main([*TRAINING, "--steps", "2", "--out", str(out), "--resume"])
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-000002"]
+    assert (out / "checkpoint").is_symlink()
+    assert (out / "checkpoint" / "trainer.pt").exists()
+
+
+def test_two_resumes_at_once(run_folder, tmp_path):
+    """The lock dies with its process: when the first is killed, the second is let in."""
+    out = tmp_path / "out"
+    shutil.copytree(run_folder, out, symlinks=True)
+    hold = (
+        "import argparse, time\nfrom pathlib import Path\nfrom common import runs\n"
+        f"runs.lock(Path({str(out)!r}))\nprint('locked', flush=True)\ntime.sleep(1000)"
+    )
+    first = subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert first.stdout.readline() == b"locked\n"
+        with pytest.raises(UserError, match="another process is training there"):
+            grpo.main([*TRAINING, "--steps", "2", "--out", str(out), "--resume"])
+    finally:
+        first.kill()
+        first.wait()
+        first.stdout.close()
+    grpo.main([*TRAINING, "--steps", "2", "--out", str(out), "--resume"])
+
+
+def test_a_resumed_run_may_change_its_learning_rate_and_says_so(run_folder, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(run_folder, out, symlinks=True)
+    grpo.main([*TRAINING, "--steps", "2", "--lr", "0.0001", "--out", str(out), "--resume"])
+    flags = json.loads((out / "args.json").read_text())
+    assert flags["history"] == ["--lr 0.0005 → 0.0001; --steps 1 → 2"]
+    assert flags["lr"] == 0.0001
+
+
+def test_fewer_steps_than_are_done(run_folder, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(run_folder, out, symlinks=True)
+    grpo.main([*TRAINING, "--steps", "2", "--out", str(out), "--resume"])
+    with pytest.raises(UserError, match="has done 2 steps already"):
+        grpo.main([*TRAINING, "--steps", "1", "--out", str(out), "--resume"])
+    assert json.loads((out / "args.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("damage", [cut, empty, garbage, no_object])
+def test_a_damaged_args_json(run_folder, tmp_path, damage):
+    out = tmp_path / "out"
+    shutil.copytree(run_folder, out, symlinks=True)
+    damage(out / "args.json")
+    with pytest.raises(UserError, match="args.json is damaged"):
+        grpo.main([*TRAINING, "--steps", "2", "--out", str(out), "--resume"])

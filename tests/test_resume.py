@@ -87,6 +87,7 @@ def test_kill_9_mid_save_leaves_the_last_whole_checkpoint(name, whole_run, tmp_p
     assert done.returncode == 0, done.stderr
     assert_same_run(out, whole_run(name))
     assert sorted(path.name for path in out.iterdir()) == [
+        ".lock",
         "args.json",
         "checkpoint",
         "checkpoint-000007",

@@ -512,7 +512,7 @@ def test_the_setup_may_name_a_late_module():
     assert sandbox.run(code, tests) == (True, "passed")
 
 
-@pytest.mark.parametrize("name", ["'asyn' + 'cio'", "'numpy' + '.testing'"])
+@pytest.mark.parametrize("name", ["'asyn' + 'cio'", "'num' + 'py.testing'"])
 def test_a_program_loads_no_late_module_that_it_does_not_name(name):
     code = f"import sys, random\nfrom typing import List\ndef f(): return {name} in sys.modules"
     assert sandbox.run(code, {"asserts": "assert f() is False"}) == (True, "passed")
