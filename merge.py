@@ -32,6 +32,7 @@ Suffixes: K experts, M models (the base, then the experts), N elements of a piec
 """
 
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -94,8 +95,8 @@ class Checkpoint:
     """The tensors of a model's folder. Only the headers of its safetensors files are read at first.
 
     dtype, shape and place are dicts by the tensor's name. read() reads elements of a tensor. A
-    tensor that only repeats another one is left out. Raises UserError if there is no such model, or
-    if its files are not whole safetensors files.
+    tensor that is tied to another one, and equal to it, is left out. Raises UserError if there is
+    no such model, or if its files are not whole safetensors files.
     """
 
     def __init__(self, name: str):
@@ -105,8 +106,9 @@ class Checkpoint:
         self.place = {}
         for path in safetensors_files(self.folder):
             self.add_file(path)
-        for tensor in repeated_tensors(self.folder) & self.shape.keys():
-            del self.dtype[tensor], self.shape[tensor], self.place[tensor]
+        for tensor, original in tied_tensors(self.folder).items():
+            if tensor in self.shape and self.equal(tensor, original):
+                del self.dtype[tensor], self.shape[tensor], self.place[tensor]
 
     def add_file(self, path: Path) -> None:
         """Add the tensors of one safetensors file. Raises UserError."""
@@ -138,8 +140,22 @@ class Checkpoint:
         file.seek(offset + start * dtype.itemsize)
         unread = memoryview(buffer.numpy())
         while len(unread):  # the system may return less than was asked for
-            unread = unread[file.readinto(unread) :]
+            received = file.readinto(unread)
+            if not received:
+                raise UserError(f"{file.name} ends within {tensor}: was it changed meanwhile?")
+            unread = unread[received:]
         return buffer.view(dtype)
+
+    def equal(self, tensor: str, other: str) -> bool:
+        """Have two tensors of this model the same elements?"""
+        if self.shape[tensor] != self.shape.get(other) or self.dtype[tensor] != self.dtype[other]:
+            return False
+        size = self.size(tensor)
+        for start in range(0, size, PIECE):
+            stop = min(start + PIECE, size)
+            if not torch.equal(self.read(tensor, start, stop), self.read(other, start, stop)):
+                return False
+        return True
 
 
 def safetensors_files(folder: Path) -> list[Path]:
@@ -162,7 +178,7 @@ def read_header(path: Path, file) -> tuple[dict, int]:
     """({tensor: {"dtype", "shape", "data_offsets"}}, first tensor's offset in bytes) of a file.
 
     A safetensors file has the header's length in 8 bytes, the header in JSON, and the tensors'
-    bytes. Raises UserError for a file that does not end where its last tensor does.
+    bytes, each where the one before it ends. Raises UserError for a file of which that is not true.
     """
     file_bytes = path.stat().st_size
     header_bytes = int.from_bytes(file.read(8), "little")
@@ -170,8 +186,7 @@ def read_header(path: Path, file) -> tuple[dict, int]:
     try:
         header = json.loads(file.read(header_bytes)) if header_bytes < file_bytes else {}
         header.pop("__metadata__", None)
-        data_bytes = max((entry["data_offsets"][1] for entry in header.values()), default=-1)
-        is_complete = data_bytes == file_bytes - data_start
+        is_complete = bytes_of_tensors(header) == file_bytes - data_start
     except (ValueError, KeyError, TypeError, AttributeError):
         is_complete = False
     if not is_complete:
@@ -179,22 +194,46 @@ def read_header(path: Path, file) -> tuple[dict, int]:
     return header, data_start
 
 
-def repeated_tensors(folder: Path) -> set[str]:
-    """Names of tensors that only repeat another one: an output head tied to the embedding.
+def bytes_of_tensors(header: dict) -> int:
+    """How many bytes the tensors of a file's header take. Raises ValueError if it has none.
+
+    Also if a tensor does not begin where the one before it ends, or if its bytes are not its
+    shape's: reading it would give a neighbour's numbers.
+    """
+    end = 0
+    for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        if start != end or min(entry["shape"], default=0) < 0:
+            raise ValueError(entry)
+        dtype = DTYPES.get(entry["dtype"])  # None for a type that merge.py does not read
+        if dtype and stop - start != dtype.itemsize * math.prod(entry["shape"]):
+            raise ValueError(entry)
+        end = stop
+    if not header:
+        raise ValueError(header)
+    return end
+
+
+def tied_tensors(folder: Path) -> dict[str, str]:
+    """{tensor: the one that it is tied to}: an output head that is the embedding, by config.json.
 
     Raises UserError for a model that is no causal language model.
     """
     config = from_pretrained(AutoConfig, str(folder))
     if not getattr(config, "tie_word_embeddings", False):
-        return set()
+        return {}
     try:
         with torch.device("meta"):  # no memory: only the names are asked for
             model = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"{folder}: {reason}: merge.py knows causal language models") from None
-    all_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return all_names - {name for name, _ in model.named_parameters()}
+    first_name = {id(parameter): name for name, parameter in model.named_parameters()}
+    tied = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first_name[id(parameter)] != name:
+            tied[name] = first_name[id(parameter)]
+    return tied
 
 
 # ---------------- checks, before anything is written ----------------

@@ -102,7 +102,8 @@ def save_model(folder: Path, model, tokenizer, tensors, shard_bytes: int = 4 << 
     config.architectures = [type(model).__name__]
     config.dtype = save_weights(folder, tensors, shard_bytes)
     config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    # save_pretrained refuses what from_pretrained takes, such as a temperature of greedy decoding
+    write_text(folder / "generation_config.json", model.generation_config.to_json_string())
     tokenizer.save_pretrained(folder)
 
 

@@ -18,6 +18,8 @@ from common.errors import UserError
 from helpers import ROOT
 
 EMBEDDING = "transformer.wte.weight"
+TRAINING = ["--data", "toy", "--batch-prompts", "4", "--mini-batch-prompts", "4"]
+TRAINING += ["--group-size", "4", "--save-every", "1", "--eval-prompts", "1"]
 
 
 @pytest.fixture
@@ -188,10 +190,20 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# ---------------- resuming from a damaged checkpoint ----------------
+def test_a_generation_config_that_transformers_does_not_write_is_kept(folder, tmp_path):
+    """do_sample false beside a temperature, as checkpoints on the hub have."""
+    config = json.loads((folder / "generation_config.json").read_text())
+    config |= {"do_sample": False, "temperature": 0.6, "top_p": 0.95}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    flags = ["--max-prompt-tokens", "16", "--max-new-tokens", "18", "--system-prompt", ""]
+    grpo.main([*TRAINING, *flags, "--model", str(folder), "--steps", "1", "--out", str(out)])
+    saved = json.loads((out / "checkpoint" / "generation_config.json").read_text())
+    assert saved["temperature"] == 0.6
+    assert saved["eos_token_id"] == config["eos_token_id"]
 
-TRAINING = ["--data", "toy", "--batch-prompts", "4", "--mini-batch-prompts", "4"]
-TRAINING += ["--group-size", "4", "--save-every", "1", "--eval-prompts", "1"]
+
+# ---------------- resuming from a damaged checkpoint ----------------
 
 
 @pytest.fixture(scope="module")

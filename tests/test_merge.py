@@ -365,6 +365,76 @@ def test_a_tied_head_that_a_folder_repeats_counts_once(models, tmp_path):
     assert report["parameters"] == sum(tensor.numel() for tensor in tensors.values())
 
 
+def test_a_head_that_differs_from_the_embedding_is_merged(models, tmp_path):
+    """Its config.json says that it is tied; transformers keeps it apart all the same."""
+    folders = []
+    heads = []
+    for i, name in enumerate(models("qwen2")[:3]):
+        folders.append(str(shutil.copytree(name, tmp_path / str(i))))
+        path = tmp_path / str(i) / "model.safetensors"
+        tensors = load_file(path)
+        heads.append(tensors["model.embed_tokens.weight"] * (2 + i))
+        save_file(tensors | {"lm_head.weight": heads[-1]}, path, metadata={"format": "pt"})
+    base, *experts = folders
+    out = run_merge(tmp_path / "out", base, experts, "--method", "average")
+    head = load_file(out / "model.safetensors")["lm_head.weight"]
+    expected = (heads[1].double() + heads[2].double()) / 2
+    assert torch.allclose(head.double(), expected, rtol=0.01, atol=1e-3)
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(loaded.lm_head.weight.to(head.dtype), head)
+
+
+def longer_than_its_bytes(header):
+    header["a"]["shape"] = [1000]
+
+
+def with_its_neighbours_bytes(header):
+    header["b"]["data_offsets"] = header["a"]["data_offsets"]
+
+
+def beyond_the_file(header):
+    size = header["b"]["data_offsets"]
+    header["b"]["data_offsets"] = [size[0] + 4, size[1] + 4]
+
+
+def backwards(header):
+    header["a"]["data_offsets"].reverse()
+
+
+def of_negative_shape(header):
+    header["a"]["shape"] = [-1, -3]
+
+
+def of_no_shape(header):
+    del header["a"]["shape"]
+
+
+LIES = [
+    longer_than_its_bytes,
+    with_its_neighbours_bytes,
+    beyond_the_file,
+    backwards,
+    of_negative_shape,
+    of_no_shape,
+]
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: lie.__name__)
+def test_a_header_that_lies_is_refused(folder, tmp_path, lie):
+    tensors = {"a": torch.zeros(3), "b": torch.ones(2)}
+    base, one = folder("base", tensors), folder("one", tensors)
+    path = Path(one) / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    lie(header)
+    changed = json.dumps(header).encode()
+    path.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + size :])
+    with pytest.raises(UserError, match="cut off, or no safetensors file"):
+        merged(tmp_path / "out", base, [one], "--method", "average")
+    assert not (tmp_path / "out").exists()
+
+
 def test_integers_are_the_bases(folder, tmp_path):
     steps = torch.tensor([7, 8])
     base = folder("base", {"a": torch.zeros(3), "steps": steps})
