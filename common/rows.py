@@ -13,9 +13,12 @@ reasoning-gym has "gym" instead of the required field: reasoning-gym's own check
 "checker", "match", "judge" and "mode" change how the response is checked (rewards.py).
 """
 
+import codecs
+import gzip
 import json
 import re
 import sys
+import zlib
 from pathlib import Path
 
 from common.errors import UserError
@@ -165,9 +168,19 @@ def check_pass_rate(row: dict) -> str | None:
 
 
 def check_surrogates(row: dict) -> str | None:
-    """The prompt can be encoded as UTF-8. (JSON can write half of a surrogate pair.)"""
-    if re.search("[\ud800-\udfff]", str(row["prompt"])):
-        return 'field "prompt" holds half a surrogate pair, which no tokenizer takes'
+    """Every text can be encoded as UTF-8. (JSON can write half of a surrogate pair.)"""
+    for name, value in row.items():
+        if re.search("[\ud800-\udfff]", name + json.dumps(value, ensure_ascii=False)):
+            place = f"field {json.dumps(name)[:40]}"
+            return f"{place} holds half a surrogate pair, which no tokenizer takes"
+    return None
+
+
+def check_tools(row: dict) -> str | None:
+    """The tools, which a chat template writes, are a list of objects."""
+    tools = row.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        return 'field "tools" must be a list of objects'
     return None
 
 
@@ -198,6 +211,7 @@ CHECKS = (
     check_pass_rate,
     check_surrogates,
     check_lists,
+    check_tools,
 )
 
 
@@ -229,6 +243,23 @@ def lagging_domain(shares: dict[str, float], counts: dict[str, int]) -> str:
 # ---------------- files of rows ----------------
 
 
+LONGEST_NUMBER = 4300  # digits: Python reads no longer ones
+
+
+def read_plain(path: Path) -> bytes:
+    """A file's bytes, without compression (gzip) and without a byte order mark.
+
+    Raises UserError if it is damaged.
+    """
+    content = path.read_bytes()
+    if content.startswith(b"\x1f\x8b"):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: it is damaged, or no gzip file ({error})") from None
+    return content.removeprefix(codecs.BOM_UTF8)
+
+
 def read_json_lines(path: Path, check) -> list:
     """The list of check(object, number, where), for each line of the file that is not blank.
 
@@ -237,7 +268,7 @@ def read_json_lines(path: Path, check) -> list:
     each is first named on stderr.
     """
     values, faults = [], []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_plain(path).splitlines(), 1):
         where = f"{path} line {number}"
         try:
             if line.strip():
@@ -246,6 +277,10 @@ def read_json_lines(path: Path, check) -> list:
             faults.append(f"{where}: not UTF-8 at byte {error.start}")
         except json.JSONDecodeError as error:
             faults.append(f"{where}: not JSON ({error.msg} at column {error.colno})")
+        except RecursionError:
+            faults.append(f"{where}: its JSON is nested too deeply")
+        except ValueError:
+            faults.append(f"{where}: it has a number of more than {LONGEST_NUMBER} digits")
         except UserError as error:
             faults.append(str(error))
     if len(faults) == 1:
@@ -260,15 +295,22 @@ def read_json_lines(path: Path, check) -> list:
     return values
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a .jsonl file. Raises UserError.
+def stem_of(path: Path) -> str:
+    """A file's name without .jsonl or .jsonl.gz."""
+    return Path(path.name.removesuffix(".gz")).stem
 
-    A row's new id is <file's name>/<its id, or its line's number if it has none>.
+
+def read_rows(path: Path, name: str = "") -> list[dict]:
+    """The rows of a .jsonl file, which may be compressed (.jsonl.gz). Raises UserError.
+
+    A row's new id is <name>/<its id, or its line's number if it has none>. name: the file's name
+    without its ending, if nothing else is given.
     """
+    name = name or stem_of(path)
 
     def with_id(row, number, where):
         row = check_row(row, where)
-        return {**row, "id": f"{path.stem}/{row.get('id', number)}"}
+        return {**row, "id": f"{name}/{row.get('id', number)}"}
 
     rows = read_json_lines(path, with_id)
     if not rows:

@@ -1,6 +1,7 @@
 """The rows of `--data`, which names one source or several. A source is one of
 
-rows.jsonl, folder/         a file, or all .jsonl files of a folder (common/rows.py has the schema)
+rows.jsonl, folder/         a file, or all .jsonl files of a folder, also as .jsonl.gz
+                            (common/rows.py has the schema)
 toy                         the toy's five domains
 humaneval                   OpenAI's HumanEval
 gym:<task>[,<task>…]        generated tasks of reasoning-gym
@@ -10,10 +11,13 @@ cgpo, m2rl                  the papers' mixtures of public data sets
 from pathlib import Path
 
 from common.errors import UserError
-from common.rows import DOMAINS, read_rows
+from common.rows import DOMAINS, read_rows, stem_of
 from sources.packaged import gym_rows, humaneval_rows
 from sources.recipes import published_rows
 from sources.toy import toy_rows
+
+
+NAMES = ("toy", "humaneval", "cgpo", "m2rl")  # these mean the source, also beside such a folder
 
 
 def load_rows(sources: list[str], domains: list[str] | None = None, seed: int = 0) -> list[dict]:
@@ -21,9 +25,14 @@ def load_rows(sources: list[str], domains: list[str] | None = None, seed: int = 
 
     seed: for the sources that draw rows at random (gym:…, cgpo, m2rl). Raises UserError.
     """
+    names = short_names([file for source in sources for file in files_of(source)])
     rows = []
     for source in sources:
-        rows += source_rows(source, domains, seed)
+        files = files_of(source)
+        for file in files:
+            rows += read_rows(file, names[file])
+        if not files:
+            rows += source_rows(source, domains, seed)
     check_ids(rows)
     if not domains:
         return rows
@@ -32,7 +41,7 @@ def load_rows(sources: list[str], domains: list[str] | None = None, seed: int = 
 
 
 def source_rows(source: str, domains: list[str] | None, seed: int) -> list[dict]:
-    """The rows of one source. Only a mixture (cgpo, m2rl) leaves out other domains here."""
+    """The rows of a source that is no file. Only a mixture (cgpo, m2rl) leaves out domains here."""
     if source == "toy":
         return toy_rows()
     if source == "humaneval":
@@ -45,25 +54,41 @@ def source_rows(source: str, domains: list[str] | None, seed: int) -> list[dict]
         for domain in domains or DOMAINS:
             rows += published_rows(source, domain, seed)
         return rows
-    if Path(source).is_dir():
-        return read_folder(Path(source))
-    if Path(source).is_file():
-        return read_rows(Path(source))
     raise UserError(
         f"--data {source}: no such file or folder, "
         "nor one of toy, humaneval, gym:<task>, cgpo, m2rl"
     )
 
 
-def read_folder(folder: Path) -> list[dict]:
-    """The rows of all .jsonl files of a folder. Raises UserError if it has none."""
-    files = sorted(folder.glob("*.jsonl"))
+def files_of(source: str) -> list[Path]:
+    """The file that a source is, or those of the folder that it is; none if it is neither.
+
+    Raises UserError for a folder without any.
+    """
+    path = Path(source)
+    if source in NAMES or not path.exists():
+        return []
+    if not path.is_dir():
+        return [path]
+    files = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")])
     if not files:
-        raise UserError(f"--data {folder}: no .jsonl file in this folder")
-    rows = []
+        raise UserError(f"--data {path}: no .jsonl file in this folder")
+    return files
+
+
+def short_names(files: list[Path]) -> dict[Path, str]:
+    """{file: what its rows' ids begin with}: its name without its ending.
+
+    Files of one name in several folders are told apart by the shortest end of their paths.
+    """
+    names = {}
     for file in files:
-        rows += read_rows(file)
-    return rows
+        alike = {other.absolute() for other in files if stem_of(other) == stem_of(file)}
+        length = 1
+        while len({path.parts[-length:-1] for path in alike}) < len(alike) and length < 100:
+            length += 1
+        names[file] = "/".join([*file.absolute().parts[-length:-1], stem_of(file)])
+    return names
 
 
 def check_ids(rows: list[dict]) -> None:

@@ -1,6 +1,8 @@
 """Rows → prompts → batches: files and other sources, held-out rows, prompts, mixes, curricula."""
 
 import argparse
+import codecs
+import gzip
 import json
 import re
 from collections import Counter
@@ -401,3 +403,74 @@ def test_self_paced_is_one_global_sort_and_spreads_rows_without_a_rate():
         assert 3 <= unrated <= 13
     with pytest.raises(UserError, match="python eval.py --rated measures them"):
         scheduled(make_rows({"math": 60}), "self-paced")
+
+
+# ---------------- files of rows: marks, compression, damage ----------------
+
+LINE = json.dumps({"id": "a", "domain": "math", "prompt": "1 + 1?", "answer": "2"})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        codecs.BOM_UTF8 + LINE.encode(),
+        gzip.compress(LINE.encode()),
+        gzip.compress(codecs.BOM_UTF8 + LINE.encode()),
+        f"\n{LINE}\r\n\n".encode(),
+    ],
+)
+def test_marks_and_compression_are_read(tmp_path, content):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    (row,) = load_rows([str(tmp_path / "rows.jsonl")])
+    assert row["id"] == "rows/a"
+    assert row["answer"] == "2"
+
+
+def test_a_folders_compressed_files_are_read(tmp_path):
+    (tmp_path / "one.jsonl").write_text(LINE)
+    (tmp_path / "two.jsonl.gz").write_bytes(gzip.compress(LINE.encode()))
+    assert [row["id"] for row in load_rows([str(tmp_path)])] == ["one/a", "two/a"]
+
+
+def with_field(text: str) -> bytes:
+    """The line with one more field, as bytes of JSON."""
+    return f"{LINE[:-1]}, {text}}}".encode()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (gzip.compress(LINE.encode() * 1000)[:-20], "damaged, or no gzip file"),
+        (b"\x1f\x8bnothing", "damaged, or no gzip file"),
+        (with_field('"x": ' + "[" * 100_000 + "]" * 100_000), "line 1: .*nested too deeply"),
+        (with_field('"x": ' + "9" * 5000), "line 1: .*more than 4300 digits"),
+        (with_field(r'"response": "\ud800"'), 'field "response" holds half a surrogate'),
+        (with_field(r'"x": [{"y": "\udfff"}]'), 'field "x" holds half a surrogate'),
+        (with_field(r'"\udfff": 1'), "holds half a surrogate"),
+        (with_field('"tools": 5'), 'field "tools" must be a list of objects'),
+        (with_field('"tools": ["f"]'), 'field "tools" must be a list of objects'),
+        (b"\xff\xfe" + LINE.encode("utf-16-le"), "not UTF-8 at byte 0"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_in_one_line(tmp_path, content, message):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_rows([str(tmp_path / "rows.jsonl")])
+    assert "rows.jsonl" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_of_one_name_are_told_apart_by_the_shortest_end_of_their_paths(tmp_path):
+    sources = []
+    for folder in ("x/a", "x/b", "y/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        sources.append(tmp_path / folder / "train.jsonl")
+    sources.append(tmp_path / "other.jsonl")
+    for path in sources:
+        path.write_text(LINE)
+    ids = [row["id"] for row in load_rows([str(path) for path in sources])]
+    assert ids == ["x/a/train/a", "x/b/train/a", "y/b/train/a", "other/a"]
+    ids = [row["id"] for row in load_rows([str(path) for path in sources[:2]])]
+    assert ids == ["a/train/a", "b/train/a"]
+    with pytest.raises(UserError, match="share the id"):
+        load_rows([str(sources[0])] * 2)
