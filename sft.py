@@ -174,6 +174,7 @@ def main(argv: list[str] | None = None) -> str:
         f"sft · {args.model} · {len(rows)} rows · {steps} updates of {args.batch_rows} rows, "
         f"{warmup} to warm up · {out}"
     )
+    runs.open_run(args, "sft")
     optimizer = train(
         policy,
         tokenizer,
@@ -187,7 +188,6 @@ def main(argv: list[str] | None = None) -> str:
         limit=limit,
         weight_decay=args.weight_decay,
     )
-    runs.open_run(args, "sft")
     checkpoints.save_checkpoint(out, steps, policy, tokenizer, optimizer, {})
     print(f"model {out / 'checkpoint'}")
     return str(out / "checkpoint")

@@ -168,11 +168,13 @@ def check_folder(out: Path, flags: dict, free: set, resume: bool, algorithm: str
         changes = changed_flags(old, flags)
         if changes:
             raise UserError(f"{out} holds a run with other flags ({changes}): choose another --out")
-        if not resume:
-            advice = "another --out starts afresh"
-            if algorithm != "sft":  # sft.py has no --resume
-                advice = f"--resume continues it, {advice}"
-            raise UserError(f"{out} already holds this run: {advice}")
+        if algorithm == "sft":  # sft.py has no --resume; what a kill has left begins anew
+            if (out / "checkpoint").exists():
+                raise UserError(f"{out} already holds this run: another --out starts afresh")
+        elif not resume:
+            raise UserError(
+                f"{out} already holds this run: --resume continues it, another --out starts afresh"
+            )
     elif resume:
         raise UserError(
             f"--resume: {out} holds no run of these flags; leave --resume out to start one"

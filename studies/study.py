@@ -23,6 +23,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +42,7 @@ import mcpo
 import pcgrad
 from common.cli import Parser, positive_int, run_main
 from common.errors import UserError
-from common.files import RUNS, append_jsonl, write_text
+from common.files import RUNS, append_jsonl, read_jsonl, write_jsonl, write_text
 from common.reports import by_domain, peak_memory
 from common.rows import DOMAINS
 from sources.load import load_rows
@@ -235,10 +236,8 @@ def commit() -> str:
 
 
 def read_results() -> list[dict]:
-    """The results of all finished runs."""
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    """The results of all finished runs. A line that a kill has cut is no result."""
+    return read_jsonl(RESULTS)
 
 
 def choose_rate(results: list[dict], setting: str, method: str) -> tuple[float | None, list[float]]:
@@ -291,6 +290,7 @@ def run_all(args) -> None:
     print(f"warm starts and pass rates of {len(seeds)} seeds", flush=True)
     with make_pool(args.workers) as pool:
         pool.map(prepare, seeds, chunksize=1)
+    write_jsonl(RESULTS, read_results())  # nothing may be appended to a line that a kill has cut
     started = time.perf_counter()
     finished = 0
     while runs := missing_runs(read_results(), args):
@@ -323,7 +323,24 @@ def count_untuned(results: list[dict], args) -> int:
 def make_pool(workers: int):
     """A pool of worker processes. Each task has a new process, so no run changes the next one."""
     context = multiprocessing.get_context("fork")
-    return context.Pool(workers, initializer=be_quiet, maxtasksperchild=1)
+    initial = (os.getpid(),)
+    return context.Pool(workers, initializer=begin_worker, initargs=initial, maxtasksperchild=1)
+
+
+def begin_worker(parent_id: int) -> None:
+    """In a new worker: print nothing, and end when the parent has ended, even by kill -9."""
+    be_quiet()
+    threading.Thread(target=end_with, args=(parent_id,), daemon=True).start()
+
+
+def end_with(parent_id: int) -> None:
+    """End this process when the process that started it has ended.
+
+    Otherwise its run would write a folder beside that of the study that goes on.
+    """
+    while os.getppid() == parent_id:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def be_quiet() -> None:

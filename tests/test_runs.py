@@ -252,7 +252,7 @@ def test_sft_trains_on_responses_and_their_end(tiny_folder, tmp_path):
     assert tokenizer.decode(tokens) == "<think></think><answer>2</answer><eos>"
 
 
-def test_sft_cuts_at_the_models_context_and_leaves_nothing_when_it_fails(
+def test_sft_cuts_at_the_models_context_and_begins_anew_when_it_was_ended(
     tiny_folder, tmp_path, monkeypatch, capsys
 ):
     row = {"domain": "math", "prompt": "1+1=?", "answer": "2", "response": "2 " * 300}
@@ -266,9 +266,11 @@ def test_sft_cuts_at_the_models_context_and_leaves_nothing_when_it_fails(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sft, "train", interrupted)
         sft.main(flags)
-    assert not (tmp_path / "run").exists()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "args.json"}
+    other = ["--max-tokens", "3", "--out", str(tmp_path / "other")]  # no room for a response
     with pytest.raises(UserError, match="every prompt is longer"):
-        sft.main([*flags, "--max-tokens", "3"])  # no room for a response
+        sft.main([*flags, *other])
+    assert not (tmp_path / "other").exists()
     assert Path(sft.main(flags)).exists()
     assert "loss nan" not in capsys.readouterr().out
     with pytest.raises(SystemExit):

@@ -3,6 +3,9 @@ report from a file of results, and a real run."""
 
 import json
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 import cgpo
 from common.errors import UserError
 from common.files import RUNS
+from helpers import ROOT
 from studies import study
 from studies.study import METHODS, TUNING_SEED
 
@@ -224,3 +228,45 @@ def test_a_real_run_reports_prompts_that_no_run_trains_on(toy, monkeypatch, capf
     assert -1 < result["alignment"][0] < 1
     assert result["step_s"] > 0
     assert not list((RUNS / "study").glob("imbalanced-CGPO,_domains_mixed-*-0.001"))
+
+
+# ---------------- kills ----------------
+
+WORKER = """
+import time
+from studies import study
+def sleep(seconds):
+    import os, sys
+    print(os.getpid(), file=sys.stderr, flush=True)
+    time.sleep(seconds)
+with study.make_pool(2) as pool:
+    pool.map(sleep, [1000, 1000], chunksize=1)
+"""
+
+
+def is_running(process_id: int) -> bool:
+    """Is there such a process, and is it no zombie, which nobody has asked for its exit status?"""
+    try:
+        state = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_workers_end_with_their_parent():
+    command = [sys.executable, "-c", WORKER]
+    parent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    workers = [int(parent.stderr.readline()) for _ in range(2)]
+    parent.kill()
+    parent.wait()
+    parent.stderr.close()
+    deadline = time.monotonic() + 20
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_results_are_read_up_to_a_cut_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "study.jsonl")
+    study.RESULTS.write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    assert study.read_results() == [{"a": 1}, {"a": 2}]
