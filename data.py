@@ -127,6 +127,7 @@ def encode_prompts(
     """
     encoded = []
     dropped = Counter()  # domain → rows
+    incomplete = 0  # prompts that lack a part of what they were made from
     for row in rows:
         if tokenizer.chat_template:
             text = chat_text(row, tokenizer, system)
@@ -135,6 +136,11 @@ def encode_prompts(
         else:
             text = plain_text(row, system)
             ids = tokenizer(text).input_ids
+            # Some tokenizers end every text: a response would follow its own end.
+            if ids and ids[-1] == tokenizer.eos_token_id:
+                ids.pop()
+        parts = [system, *[message["content"] for message in to_messages(row)]]
+        incomplete += any(part.strip() not in text for part in parts)
         if len(ids) > limit:
             dropped[row["domain"]] += 1
             continue
@@ -145,6 +151,11 @@ def encode_prompts(
         counts = ", ".join(f"{domain} {count}" for domain, count in dropped.items())
         total = f"{dropped.total()} of {len(rows)}"
         print(f"{name}: dropped {total} prompts longer than {limit} tokens ({counts})")
+    if incomplete:
+        print(
+            f"warning: {name}: the chat template leaves out a part of {incomplete} of {len(rows)} "
+            "prompts (a system prompt, or what it takes for a thought)"
+        )
     if rows and not encoded:
         hint = ""
         if system:

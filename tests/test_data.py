@@ -227,6 +227,7 @@ def test_rows_that_are_passed_take_the_place_of_data_and_eval_data():
 class Bytes:
     """A tokenizer of bytes whose template shows the messages as text."""
 
+    eos_token_id = None
     chat_template = None
 
     def __call__(self, text, add_special_tokens=True):
@@ -474,3 +475,35 @@ def test_files_of_one_name_are_told_apart_by_the_shortest_end_of_their_paths(tmp
     assert ids == ["a/train/a", "b/train/a"]
     with pytest.raises(UserError, match="share the id"):
         load_rows([str(sources[0])] * 2)
+
+
+# ---------------- templates and tokenizers with habits ----------------
+
+USERS_ALONE = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_drops_the_system_prompt_is_named(capsys):
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = USERS_ALONE
+    rows = [{**GOOD, "id": "a"}, {**GOOD, "id": "b"}]
+    data.encode_prompts(rows, tokenizer, "2 + 2", 64)
+    assert "leaves out a part of 2 of 2 prompts" in capsys.readouterr().out
+    data.encode_prompts(rows, tokenizer, "", 64)
+    assert capsys.readouterr().out == ""
+
+
+class EndsEveryText:
+    """A tokenizer without a template, which appends its end token to every text."""
+
+    chat_template = None
+    eos_token_id = 0
+
+    def __call__(self, text):
+        return argparse.Namespace(input_ids=[*range(1, 1 + len(text)), 0])
+
+
+def test_the_end_token_of_a_prompt_without_a_template_is_cut_off():
+    (row,) = data.encode_prompts([{**GOOD, "id": "a"}], EndsEveryText(), "", 64)
+    assert row["ids"] == [1, 2, 3]
