@@ -62,7 +62,7 @@ from common.files import (
 from common.keys import hash_of
 from common.reports import unknown_text
 from common.rows import DOMAINS, prompt_text
-from common.runs import changed_flags, comparable
+from common.runs import changed_flags, comparable, read_flags
 from sources import benchmarks
 from sources.load import load_rows
 from sources.models import resolve_model
@@ -473,7 +473,7 @@ def open_folder(out: Path, flags: dict) -> list[dict]:
     something else.
     """
     if (out / "args.json").exists():
-        changes = changed_flags(json.loads((out / "args.json").read_text()), flags)
+        changes = changed_flags(read_flags(out), flags)
         if changes:
             raise UserError(
                 f"{out} holds an evaluation of other flags or rows ({changes}): choose another "
@@ -484,7 +484,7 @@ def open_folder(out: Path, flags: dict) -> list[dict]:
             f"--out {out} exists, is not empty and holds no evaluation: choose another folder"
         )
     finished = []
-    for item in read_jsonl(out / "items.jsonl"):
+    for item in read_jsonl(out / "items.jsonl", ITEM_FIELDS):
         if item["accuracy"] is not None:
             finished.append(item)
     ranks.barrier()  # all ranks have looked at the folder before the first one writes
@@ -733,17 +733,20 @@ def other_cells(values: dict) -> str:
 # ---------------- finished evaluations side by side ----------------
 
 
+ITEM_FIELDS = ("id", "domain", "accuracy", "responses")  # of a line of items.jsonl
+
+
 def read_items(folder) -> list[dict]:
     """The items of an evaluation, without a last line that a kill has cut.
 
-    Raises UserError if there is no evaluation.
+    Raises UserError if there is no evaluation, or if it is damaged.
     """
     path = Path(folder) / "items.jsonl"
     if not path.exists():
         raise UserError(
             f"{folder} holds no evaluation (items.jsonl): python eval.py --out {folder} … makes one"
         )
-    return read_jsonl(path)
+    return read_jsonl(path, ITEM_FIELDS)
 
 
 def same_prompts(folders: list[str]) -> tuple[dict[str, dict], list[str]]:
@@ -779,10 +782,9 @@ def same_prompts(folders: list[str]) -> tuple[dict[str, dict], list[str]]:
 
 def check_finished(folder: str, items: list[dict]) -> None:
     """Raise UserError if an evaluation has fewer items than prompts."""
-    args_file = Path(folder) / "args.json"
-    if not args_file.exists():
+    if not (Path(folder) / "args.json").exists():
         return
-    prompts = json.loads(args_file.read_text()).get("prompts", 0)
+    prompts = read_flags(Path(folder)).get("prompts", 0)
     if len(items) < prompts:
         raise UserError(
             f"{folder} is not finished: {len(items)} of {prompts} prompts; the command that began "

@@ -62,20 +62,30 @@ def append_jsonl(path: Path, objects: Iterable) -> None:
         file.write(to_jsonl(objects))
 
 
-def read_jsonl(path: Path) -> list:
+def read_jsonl(path: Path, fields: tuple[str, ...] = ()) -> list[dict]:
     """The objects of a JSONL file that this project wrote; [] if there is no file.
 
-    Reading stops at the first line that is not JSON, because a kill has cut it while it was
-    written. (The empty text after the last newline ends the reading too.)
+    A last line that is not JSON is left out, because a kill has cut it while it was written.
+    fields: those that each object must have. Raises UserError for a line that is damaged otherwise.
     """
     objects = []
     if not path.exists():
         return objects
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
-            objects.append(json.loads(line))
+            value = json.loads(line)
         except json.JSONDecodeError:
-            break
+            if number == len(lines):
+                break
+            value = None
+        if not isinstance(value, dict) or not all(name in value for name in fields):
+            needed = f" with {', '.join(fields)}" if fields else ""
+            raise UserError(
+                f"{path} line {number} is damaged: it is no JSON object{needed}: remove the line "
+                "or the file"
+            )
+        objects.append(value)
     return objects
 
 

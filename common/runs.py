@@ -121,13 +121,15 @@ def history_of(out: Path, values: dict) -> list[str]:
 
 
 def read_flags(out: Path) -> dict:
-    """A run's args.json. Raises UserError if it is damaged."""
+    """The args.json of a run or an evaluation. Raises UserError if it is damaged."""
     try:
         flags = json.loads((out / "args.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{out} holds no args.json, where a script writes its flags") from None
     except ValueError:
         flags = None
     if not isinstance(flags, dict):
-        raise UserError(f"{out / 'args.json'} is damaged: a run writes its flags there, as JSON")
+        raise UserError(f"{out / 'args.json'} is damaged: a script writes its flags there, as JSON")
     return flags
 
 
@@ -185,7 +187,7 @@ def check_folder(out: Path, flags: dict, free: set, resume: bool, algorithm: str
 
 def read_steps(path: Path, last_step: int) -> list[dict]:
     """The objects of metrics.jsonl or samples.jsonl whose step is at most `last_step`."""
-    return [line for line in read_jsonl(path) if line["step"] <= last_step]
+    return [line for line in read_jsonl(path, ("step",)) if line["step"] <= last_step]
 
 
 class RunLog:

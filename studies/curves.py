@@ -13,13 +13,13 @@ The command prints what each run cost (M2RL, Table 2): hours of its steps × ran
 evaluation.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from common.errors import UserError
 from common.files import read_jsonl
+from common.runs import read_flags
 from common.reports import smoothed
 from common.rows import DOMAINS
 from studies import pictures
@@ -73,10 +73,10 @@ def read_run(folder: Path) -> dict:
     path = folder / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"{folder} holds no run (metrics.jsonl)")
-    lines = read_jsonl(path)
+    lines = read_jsonl(path, ("step",))
     if not lines:
         raise UserError(f"{path} has no complete line")
-    world_size = json.loads((folder / "args.json").read_text()).get("ranks", 1)
+    world_size = read_flags(folder).get("ranks", 1)
     seconds = []
     for line in lines:
         seconds += [value for name, value in line.items() if name.startswith("seconds/")]

@@ -28,6 +28,7 @@ from common import checkpoints, ranks
 from common.cli import add_flags, natural, positive_int
 from common.errors import UserError
 from common.files import write_text
+from common.runs import read_flags
 from common.keys import hash_of
 from common.rows import DOMAINS
 from sources.models import resolve_model
@@ -68,7 +69,7 @@ def run(args):
     for name, folder in named_folders(args.scores).items():
         path = Path(folder) / "verify.json"
         items = evaluation.read_items(folder)
-        flags = json.loads((Path(folder) / "args.json").read_text())
+        flags = read_flags(Path(folder))
         inputs = inputs_of_result(args, items, flags)
         result = finished_result(path, inputs)
         if result is None:

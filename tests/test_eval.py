@@ -357,3 +357,27 @@ def test_an_evaluation_without_rows_is_told(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation.benchmarks, "rows_of", lambda name, files: [])
     flags = ["--benchmarks", "hle", *flags[2:]]
     assert "--benchmarks hle: it has no rows" in fails(flags, capsys, evaluation)
+
+
+# ---------------- folders that are damaged ----------------
+
+DAMAGES = {
+    "args.json": ["[]", "{", ""],
+    "items.jsonl": ["[]\n", "garbage\n{}\n", '{"id": "a"}\n', "5\n"],
+}
+
+
+@pytest.mark.parametrize(
+    "name, text", [(name, text) for name, texts in DAMAGES.items() for text in texts]
+)
+def test_a_damaged_evaluation_is_named_in_one_line(tmp_path, name, text):
+    (tmp_path / "args.json").write_text('{"prompts": 1}')
+    item = {"id": "a", "domain": "math", "accuracy": 1.0, "responses": []}
+    write_jsonl(tmp_path / "items.jsonl", [item])
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name}.* is damaged") as caught:
+        evaluation.compare([str(tmp_path)])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=f"{name}.* is damaged"):
+        evaluation.open_folder(tmp_path, {"prompts": 1})
+    assert (tmp_path / name).read_text() == text
