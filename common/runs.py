@@ -134,7 +134,10 @@ def read_flags(out: Path) -> dict:
 
 
 def check_checkpoint(out: Path, steps: int) -> None:
-    """Raise UserError if a resumed run's checkpoint is lost, or already further than `steps`."""
+    """Raise UserError if a resumed run's checkpoint is lost, or already further than `steps`.
+
+    steps: 0 for one epoch, whose length is not known here.
+    """
     link = out / "checkpoint"
     if not link.is_symlink():
         return
@@ -145,7 +148,7 @@ def check_checkpoint(out: Path, steps: int) -> None:
             "another --out"
         )
     step = target.rpartition("-")[2]
-    if step.isdecimal() and int(step) > steps:
+    if steps and step.isdecimal() and int(step) > steps:
         raise UserError(f"--steps {steps}: {out} has done {int(step)} steps already")
 
 

@@ -98,6 +98,11 @@ def test_two_runs_with_different_flags_never_share_a_folder(tmp_path):
     with pytest.raises(UserError, match="--algorithm grpo → cgpo"):
         open_run(run_args(out, resume=True), "cgpo")
     assert open_run(run_args(out, resume=True, steps=9), "grpo") == out
+    (out / "checkpoint-000005").mkdir()
+    (out / "checkpoint").symlink_to("checkpoint-000005")
+    assert open_run(run_args(out, resume=True, steps=0), "grpo") == out  # one epoch
+    with pytest.raises(UserError, match="has done 5 steps already"):
+        open_run(run_args(out, resume=True, steps=4), "grpo")
     with pytest.raises(UserError, match="holds no run"):
         open_run(run_args(tmp_path / "new", resume=True), "grpo")
     (tmp_path / "full").mkdir()
