@@ -361,7 +361,7 @@ FLAGS = {
     },
     "--resume": {
         "action": "store_true",
-        "help": "continue the run in --out from its last checkpoint",
+        "help": "continue the run in --out from its last checkpoint; --lr and --steps may differ",
     },
     "--save-every": {
         "type": positive_int,
