@@ -66,6 +66,8 @@ def unfenced_program(answer: str) -> list[Block]:
 
 def last_of_best(blocks: list[Block], wanted: frozenset[str]) -> Block:
     """The block that does most of what is asked; the last one if several do as much."""
+    if len(blocks) == 1:
+        return blocks[0]
     best, most = blocks[0], (0, 0)
     for block in blocks:
         worth = definitions(block, wanted) if wanted else (likeness(block), 0)

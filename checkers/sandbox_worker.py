@@ -67,6 +67,7 @@ LATE = """
     numpy.lib.scimath numpy.lib.stride_tricks numpy.linalg numpy.ma numpy.matlib numpy.polynomial
     numpy.random numpy.rec numpy.strings numpy.testing numpy.typing
 """.split()
+LATE_WORD = re.compile(rf"\b(?:{'|'.join(sorted({name.partition('.')[0] for name in LATE}))})\b")
 
 # Descriptors of the worker. A child closes those that are not its own: S holds none of JOB, VERDICT
 # and TO_WORKER, so it can neither read the tests nor write a verdict.
@@ -88,6 +89,7 @@ LOST = "unknown: killed"  # somebody else killed S, T or the worker
 TICK = 0.02  # seconds between two looks at how long S and T have taken
 WALL_FACTOR = 12  # the wall limit, in limits of own time
 GRACE = 1.0  # seconds in which a process that has closed its descriptors ends
+MOST_OF_T = 4096  # bytes of one message of T; a pipe takes so many in one piece
 MOST_THREADS = 64  # of a process that are looked at: more would make a look slow
 
 
@@ -302,6 +304,8 @@ def named_modules(text: str) -> list[str]:
     Of numpy the parts that are named; of every other package all that LATE has, because its modules
     import each other when they are used.
     """
+    if not LATE_WORD.search(text):
+        return []
     words = set(re.findall(r"\w+", text))
     names = []
     for name in LATE:
@@ -559,10 +563,10 @@ def solution() -> None:
     to_t = open(SIDE_S, "wb")
     source, setup, seconds, memory, module_name = receive(from_t)
     import_all(named_modules(f"{setup}\n{source}"))
-    open_streams()
     namespace = new_module(module_name)
     is_program = module_name == "__main__"
     if is_program:
+        open_streams()
         announce_exit(to_t)
     objects = []  # those that T holds handles of
 
@@ -764,9 +768,8 @@ def run_tests() -> None:
         job = receive(open(JOB, "rb"), -1)  # of any size: the rest would be taken for the next job
     except Gone:
         os._exit(0)
-    to_worker = open(TO_WORKER, "wb")
-    send(to_worker, job["timeout"])
-    send(to_worker, judge(**job))
+    os.write(TO_WORKER, f"{job['timeout']}\n".encode())
+    os.write(TO_WORKER, judge(**job).encode())
     os._exit(0)
 
 
@@ -836,21 +839,23 @@ def wait_for_word(process_ids: tuple) -> tuple[str | None, float | None]:
 
     The word is None if T ended without one; the limit too if T ended before it read a job.
     """
-    seconds = None
-    # Unbuffered, so that poll sees all that has not been read.
-    with open(FROM_T, "rb", buffering=0) as from_t:
-        ready = select.poll()
-        ready.register(FROM_T, select.POLLIN)
-        try:
-            seconds = receive(from_t)  # until there is a job, the worker waits without a limit
-            watch = Watch(process_ids, seconds)
-            while not ready.poll(1000 * TICK):
-                word = watch.word()
-                if word:
-                    return word, seconds
-            return receive(from_t), seconds
-        except Gone:
+    # Until there is a job, the worker waits without a limit. T's word may have come at once.
+    limit, _, word = os.read(FROM_T, MOST_OF_T).partition(b"\n")
+    if not limit:
+        return None, None
+    seconds = float(limit)
+    watch = Watch(process_ids, seconds)
+    ready = select.poll()
+    ready.register(FROM_T, select.POLLIN)
+    while not word:
+        while not ready.poll(1000 * TICK):
+            reached = watch.word()
+            if reached:
+                return reached, seconds
+        word = os.read(FROM_T, MOST_OF_T)
+        if not word:
             return None, seconds
+    return word.decode(), seconds
 
 
 # ---------------- the worker ----------------
@@ -932,6 +937,7 @@ def do_job() -> bool:
     for fd in set(EACH_JOB) - {FROM_T}:  # so that each of S and T sees it when the other ends
         os.close(fd)
     word, seconds = wait_for_word((s_id, t_id))
+    os.close(FROM_T)
 
     suspect = {None: t_id, "crashed": s_id}.get(word)
     if suspect is None:
@@ -948,8 +954,7 @@ def do_job() -> bool:
 
 def send_verdict(word: str) -> None:
     """Write a job's verdict to the trainer."""
-    with open(VERDICT, "wb", closefd=False) as verdict:
-        send(verdict, word)
+    os.write(VERDICT, f"{word}\n".encode())
 
 
 if __name__ == "__main__":
