@@ -13,7 +13,8 @@ w_i the --weights (default: 1 each).
               m_i = 1 where τ̂_i has the elected sign.
     sce       θ_0 + λ Σ w_i m_i τ_i / Σ w_i m_i, tensor by tensor       (Wan et al. 2025)
               select: only the share --density of the positions, those with the largest variance
-                      over the experts (1: all of them, as in M2RL's script).
+                      over the experts (1: all of them, as in M2RL's script). Variances are rounded
+                      to fp32, and all that equal the smallest selected one are selected.
               calculate: w_i = mean τ_i² / Σ_j mean τ_j².
               erase: m_i = 1 where τ_i ≠ 0 has the sign of Σ τ_i; a sum of 0 counts as +.
     --dare P  before ta or ties: each entry of τ_i becomes 0 with probability P, and is divided by
@@ -47,7 +48,7 @@ from common.cli import Parser, add_flags, finite, fraction, run_main, seed, shar
 from common.errors import UserError
 from common.files import check_output_folder, write_text
 from common.keys import rng
-from common.models import from_pretrained
+from common.models import OLD_BUFFERS, WRAPPERS, from_pretrained
 from sources.models import resolve_model
 
 PIECE = 2**20  # elements of a tensor that are in memory at once, per model
@@ -64,20 +65,24 @@ DTYPES = {  # safetensors' code: torch's type
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+MOST_LOST = 0.1  # of the shifts; if more are rounded away, the report says so
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
-# The files that hold a tokenizer's vocabulary, in the order in which transformers prefers them.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# What a model's folder has besides weights (glob patterns); --out gets the base's.
-COPIED_FILES = (
-    "config.json",
-    "generation_config.json",
+# The files that hold a tokenizer's vocabulary, the one that transformers prefers first.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "*.tiktoken")
+# What a model's folder has besides weights, as glob patterns. --out gets the base's.
+CONFIG_FILES = ("config.json", "generation_config.json")
+# If the base has no tokenizer, --out gets that of the first expert which has one.
+TOKENIZER_PARTS = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
-    "chat_template*",
     "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
 )
 
 
@@ -94,9 +99,10 @@ class Place(NamedTuple):
 class Checkpoint:
     """The tensors of a model's folder. Only the headers of its safetensors files are read at first.
 
-    dtype, shape and place are dicts by the tensor's name. read() reads elements of a tensor. A
-    tensor that is tied to another one, and equal to it, is left out. Raises UserError if there is
-    no such model, or if its files are not whole safetensors files.
+    dtype, shape and place are dicts by the tensor's name in transformers, which is not always the
+    name in the file: see name_in_model. read() reads elements of a tensor. A tensor that is tied to
+    another one, and equal to it, is left out. Raises UserError if there is no such model, or if its
+    files are not whole safetensors files.
     """
 
     def __init__(self, name: str):
@@ -104,26 +110,35 @@ class Checkpoint:
         self.dtype = {}
         self.shape = {}
         self.place = {}
+        model = empty_model(self.folder)
         for path in safetensors_files(self.folder):
-            self.add_file(path)
-        for tensor, original in tied_tensors(self.folder).items():
+            self.add_file(path, model)
+        for tensor, original in tied_tensors(model).items():
             if tensor in self.shape and self.equal(tensor, original):
                 del self.dtype[tensor], self.shape[tensor], self.place[tensor]
 
-    def add_file(self, path: Path) -> None:
-        """Add the tensors of one safetensors file. Raises UserError."""
+    def add_file(self, path: Path, model) -> None:
+        """Add the tensors of one safetensors file. model: see empty_model. Raises UserError."""
         if not path.exists():
             raise UserError(
                 f"{path} is missing: merge.py reads Hugging Face folders with safetensors files"
             )
         file = open(path, "rb", buffering=0)
         header, data_start = read_header(path, file)
-        for tensor, entry in header.items():
+        prefixes = {match[0] for match in map(WRAPPERS.match, header) if match}
+        for prefix in sorted(prefixes):
+            print(f"{path}: the names of its tensors begin with {prefix}, which is left out")
+        for name_in_file, entry in header.items():
             if entry["dtype"] not in DTYPES:
                 raise UserError(
-                    f"{path}: {tensor} is of type {entry['dtype']}; "
+                    f"{path}: {name_in_file} is of type {entry['dtype']}; "
                     f"merge.py reads {' '.join(DTYPES)}"
                 )
+            tensor = name_in_model(name_in_file, model)
+            if tensor is None:
+                continue
+            if tensor in self.place:
+                raise UserError(f"{path}: {name_in_file} is the second tensor for {tensor}")
             self.dtype[tensor] = DTYPES[entry["dtype"]]
             self.shape[tensor] = tuple(entry["shape"])
             self.place[tensor] = Place(file, data_start + entry["data_offsets"][0])
@@ -214,20 +229,48 @@ def bytes_of_tensors(header: dict) -> int:
     return end
 
 
-def tied_tensors(folder: Path) -> dict[str, str]:
-    """{tensor: the one that it is tied to}: an output head that is the embedding, by config.json.
+def empty_model(folder: Path):
+    """The folder's model without weights, to ask for names; None if transformers does not know it.
 
-    Raises UserError for a model that is no causal language model.
+    Raises UserError if the folder has no config.json that can be read.
     """
     config = from_pretrained(AutoConfig, str(folder))
-    if not getattr(config, "tie_word_embeddings", False):
-        return {}
     try:
-        with torch.device("meta"):  # no memory: only the names are asked for
-            model = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{folder}: {reason}: merge.py knows causal language models") from None
+        with torch.device("meta"):  # no memory
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # what a wrong configuration raises is up to the model
+        if getattr(config, "tie_word_embeddings", False):
+            reason = str(error).splitlines()[0][:200]
+            raise UserError(f"{folder}: {reason}: merge.py knows causal language models") from None
+        return None
+
+
+def name_in_model(name: str, model) -> str | None:
+    """The name in transformers of a tensor in a file; None for a buffer that it no longer saves.
+
+    Old files on the hub lack the prefix of the model's body ("h.0" for "transformer.h.0"), and have
+    masks among their weights. torch.compile and others put a prefix before all names. A name that
+    stays unknown is kept. model: see empty_model.
+    """
+    name = WRAPPERS.sub("", name)
+    if model is None:
+        return name
+    known = model.state_dict()
+    with_prefix = f"{model.base_model_prefix}.{name}"
+    if name not in known and with_prefix in known:
+        return with_prefix
+    if name not in known and OLD_BUFFERS.search(name):
+        return None
+    return name
+
+
+def tied_tensors(model) -> dict[str, str]:
+    """{tensor: the one that it is tied to}: an output head that is the embedding, by config.json.
+
+    model: see empty_model.
+    """
+    if model is None or not getattr(model.config, "tie_word_embeddings", False):
+        return {}
     first_name = {id(parameter): name for name, parameter in model.named_parameters()}
     tied = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -277,9 +320,10 @@ def check_tensors(base: Checkpoint, expert: Checkpoint) -> None:
 
 def tokenizer_file(folder: Path) -> Path | None:
     """The file with the tokenizer's vocabulary; None if the folder has no tokenizer."""
-    for name in TOKENIZER_FILES:
-        if (folder / name).exists():
-            return folder / name
+    for pattern in TOKENIZER_FILES:
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file():
+                return path
     return None
 
 
@@ -346,8 +390,13 @@ def count_true(flag_KN):
 
 
 def variance(x_KN):
-    """[N]: the variance over the experts, without Bessel's correction."""
-    return (x_KN - x_KN.mean(0)).square_().mean(0)
+    """[N]: the variance over the experts, without Bessel's correction.
+
+    It is computed in fp64 and rounded to fp32, so that variances which are equal in exact
+    arithmetic are equal here, in whatever order the experts have their values.
+    """
+    x_KN = x_KN.double()
+    return (x_KN - x_KN.mean(0)).square_().mean(0).float()
 
 
 LOW_BITS = 15  # fp32 without its sign is 31 bits: 16 high ones and 15 low ones
@@ -441,6 +490,8 @@ class Merge:
         self.kept_K = torch.zeros(K, dtype=torch.long)
         self.agreeing_K = torch.zeros(K, dtype=torch.long)
         self.base_square = 0.0  # ‖θ_0‖²
+        self.moved = 0  # entries that the method moves away from the base's value
+        self.lost = 0  # those of them that are the base's value again once rounded
 
     def count_passes(self) -> int:
         """How often the models are read: once to merge, and before that for thresholds and w."""
@@ -522,11 +573,11 @@ class Merge:
             lowest = kth_largest(variances, count)[0]
         square_K = torch.zeros(len(self.experts), dtype=torch.float64)
         for _, tau_KN, _ in self.pieces([name]):
-            square_K += keep_selected(tau_KN, lowest).square().sum(1)
+            square_K += keep_selected(tau_KN, lowest).double().square().sum(1)
         return lowest, (square_K / square_K.sum()).nan_to_num().tolist()
 
     def merged(self, name: str, threshold_K1):
-        """Yield the pieces [N] of one merged tensor, in fp32.
+        """Yield (θ_0 [N], merged [N]), piece by piece of one tensor, in fp32.
 
         threshold_K1: trim_thresholds(), as a column.
         """
@@ -554,12 +605,18 @@ class Merge:
                 merged_N, agree_KN = elect(base_N, tau_KN, ones_K, weight_K, lam, zero=1)
             self.kept_K += count_true(tau_KN != 0)
             self.agreeing_K += count_true(agree_KN)
-            yield merged_N
+            yield base_N, merged_N
 
     def count_norms(self, base_N, tau_KN) -> None:
         """Add a piece to the report's dot products. tau_KN: before DARE."""
         self.dots_KK += (tau_KN @ tau_KN.T).double()
         self.base_square += base_N.square().sum().item()
+
+    def count_lost(self, base_N, merged_N, written_N) -> None:
+        """Count what rounding to the file's type does to a piece."""
+        moved_N = merged_N != base_N
+        self.moved += int(moved_N.count_nonzero())
+        self.lost += int((moved_N & (written_N.float() == base_N)).count_nonzero())
 
     def integers(self, name: str):
         """[N]: a tensor of integers. Raises UserError if an expert's differs from the base's."""
@@ -577,6 +634,7 @@ class Merge:
 
         base_norm    ‖θ_0‖
         parameters   number of floating-point elements per model
+        lost         share of the merged shifts that the type of the written weights rounds away
         cosines      [K, K], of the task vectors before DARE
         experts      [K] of:
             folder
@@ -600,6 +658,7 @@ class Merge:
         return {
             "base_norm": self.base_square**0.5,
             "parameters": self.elements,
+            "lost": self.lost / max(self.moved, 1),
             "cosines": cosine_KK.tolist(),
             "experts": experts,
         }
@@ -616,7 +675,7 @@ def keep_selected(tau_KN, lowest: float):
 
 
 def write_model(merge: Merge, folder: Path) -> None:
-    """Write the merged model's files; all but the weights is the base's. Raises UserError."""
+    """Write the merged model's files. Raises UserError."""
     written_dtype = DTYPES.get(merge.args.dtype)  # None for "base"
     dtype = {}
     for name in merge.names:
@@ -632,14 +691,26 @@ def write_model(merge: Merge, folder: Path) -> None:
     if len(shards) > 1:
         write_index(folder, shards, sum(tensor_bytes.values()))
 
-    for pattern in COPIED_FILES:
-        for path in merge.base.folder.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
+    copy_files(merge.base.folder, CONFIG_FILES, folder)
+    for model in merge.models:
+        if tokenizer_file(model.folder):
+            copy_files(model.folder, TOKENIZER_PARTS, folder)
+            break
     if written_dtype is not None:
         config = json.loads((folder / "config.json").read_text())
         config.pop("torch_dtype", None)  # the older name of "dtype"
         config["dtype"] = str(written_dtype).removeprefix("torch.")
         write_text(folder / "config.json", json.dumps(config, indent=1))
+
+
+def copy_files(source: Path, patterns: tuple[str, ...], out: Path) -> None:
+    """Copy the files of a folder whose paths in it match one of the glob patterns."""
+    for pattern in patterns:
+        for path in source.glob(pattern):
+            if path.is_file():
+                copy = out / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
 
 
 def split_into_shards(names: list[str], tensor_bytes: dict) -> dict[str, list[str]]:
@@ -688,8 +759,10 @@ def write_shard(merge: Merge, path: Path, names: list[str], dtype: dict, thresho
             if name not in merge.floating:
                 file.write(merge.integers(name).view(torch.uint8).numpy())
                 continue
-            for merged_N in merge.merged(name, threshold_K1):
-                file.write(rounded(merged_N, dtype[name], name).view(torch.uint8).numpy())
+            for base_N, merged_N in merge.merged(name, threshold_K1):
+                written_N = rounded(merged_N, dtype[name], name)
+                merge.count_lost(base_N, merged_N, written_N)
+                file.write(written_N.view(torch.uint8).numpy())
 
 
 def rounded(merged_N, dtype: torch.dtype, name: str):
@@ -811,6 +884,13 @@ def print_report(args, report: dict, out: Path) -> None:
             f"{expert['kept']:6.1%}  {expert['agree']:6.1%}   "
         )
         print(row + " ".join(f"{cosine:+.2f}" for cosine in cosines))
+    if report["lost"] > MOST_LOST:
+        print(
+            f"note: the type of the written weights rounds {report['lost']:.0%} of the shifts away "
+            "(--dtype F32 keeps them)"
+        )
+    if tokenizer_file(out) is None:
+        print("note: neither the base nor an expert has a tokenizer: the merged model has none")
     print(f"model {out}")
 
 

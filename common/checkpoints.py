@@ -118,6 +118,7 @@ def save_weights(folder: Path, tensors, shard_bytes: int) -> torch.dtype:
     """Write model.safetensors, or several shards and their index. Returns the tensors' dtype."""
     shard_paths = []  # the files written so far
     shard = {}  # name → tensor, of the shard that is being filled
+    shard_size = 0  # bytes of its tensors
     shard_numbers = {}  # tensor's name → the number of its shard, from 0
     total_size = 0  # bytes of all tensors
     dtype = None
@@ -130,10 +131,11 @@ def save_weights(folder: Path, tensors, shard_bytes: int) -> torch.dtype:
         shard.clear()
 
     for name, tensor in tensors:
-        shard_size = sum(member.nbytes for member in shard.values())
         if shard and shard_size + tensor.nbytes > shard_bytes:
             write_shard()
+            shard_size = 0
         shard[name] = tensor.cpu().contiguous()
+        shard_size += tensor.nbytes
         shard_numbers[name] = len(shard_paths)
         total_size += tensor.nbytes
         dtype = tensor.dtype

@@ -28,7 +28,7 @@ FAMILIES = {
     "nemotron": "nvidia",
 }
 # What from_pretrained needs; a repository may hold the same weights in other formats too.
-MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
 
 
 def find_model(name: str, fetch: bool = False) -> str:

@@ -1,6 +1,7 @@
 """merge.py: every method by hand, its identities, folders that transformers opens, and errors that
 come before anything is written."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -382,6 +383,105 @@ def test_a_head_that_differs_from_the_embedding_is_merged(models, tmp_path):
     assert torch.allclose(head.double(), expected, rtol=0.01, atol=1e-3)
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert torch.equal(loaded.lm_head.weight.to(head.dtype), head)
+
+
+def test_a_base_in_the_hubs_old_layout(models, tmp_path):
+    """No prefix of the body, masks among the weights, as openai-community/gpt2 has it."""
+    base, one, two, _ = models("gpt2")
+    old = shutil.copytree(base, tmp_path / "old")
+    tensors = {}
+    for name, tensor in load_file(Path(base) / "model.safetensors").items():
+        tensors[name.removeprefix("transformer.")] = tensor
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril()
+    tensors["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(tensors, old / "model.safetensors", {"format": "pt"})
+    expected = run_merge(tmp_path / "expected", base, [one, two], "--method", "ta")
+    out = run_merge(tmp_path / "out", str(old), [one, two], "--method", "ta")
+    expected_tensors = load_file(expected / "model.safetensors")
+    tensors = load_file(out / "model.safetensors")
+    assert tensors.keys() == expected_tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected_tensors[name]), name
+
+
+def test_an_expert_that_torch_compile_saved(models, tmp_path, capsys):
+    base, one, two, _ = models("qwen2")
+    wrapped = shutil.copytree(one, tmp_path / "wrapped")
+    tensors = load_file(wrapped / "model.safetensors")
+    renamed = {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
+    save_file(renamed, wrapped / "model.safetensors", {"format": "pt"})
+    expected = run_merge(tmp_path / "expected", base, [one, two], "--method", "sce")
+    capsys.readouterr()
+    out = run_merge(tmp_path / "out", base, [str(wrapped), two], "--method", "sce")
+    assert "begin with _orig_mod., which is left out" in capsys.readouterr().out
+    assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+
+
+def test_two_tensors_of_one_name_are_refused(folder, tmp_path):
+    tensors = {"a": torch.zeros(3), "module.a": torch.ones(3)}
+    base = folder("base", tensors)
+    with pytest.raises(UserError, match="is the second tensor for a"):
+        run_merge(tmp_path / "out", base, [base], "--method", "average")
+
+
+TOKENIZER_CASES = {
+    "the base's": ((True, True, True), 0),
+    "the first expert's that has one": ((False, False, True), 2),
+    "none": ((False, False, False), None),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZER_CASES)
+def test_whose_tokenizer_the_result_has(name, folder, tmp_path, capsys):
+    """A folder that is named like a tokenizer's file is none."""
+    have_tokenizers, source = TOKENIZER_CASES[name]
+    folders = []
+    for i, has_tokenizer in enumerate(have_tokenizers):
+        model = Path(folder(str(i), {"a": torch.full([3], float(i))}, tokenizer=has_tokenizer))
+        (model / "tokenizer").mkdir()
+        if has_tokenizer:
+            (model / "additional_chat_templates").mkdir()
+            (model / "additional_chat_templates" / "tools.jinja").write_text(f"tools {i}")
+            (model / "qwen.tiktoken").write_text(f"ranks {i}")
+        folders.append(str(model))
+    base, *experts = folders
+    out = run_merge(tmp_path / "out", base, experts, "--method", "average")
+    printed = capsys.readouterr().out
+    if source is None:
+        assert "the merged model has none" in printed
+        assert not list(out.glob("*token*"))
+    else:
+        assert "the merged model has none" not in printed
+        assert (out / "additional_chat_templates" / "tools.jinja").read_text() == f"tools {source}"
+        assert (out / "qwen.tiktoken").read_text() == f"ranks {source}"
+        assert len(AutoTokenizer.from_pretrained(out)) > 1
+
+
+def test_shifts_that_the_type_rounds_away_are_told(folder, tmp_path, capsys):
+    base_values = torch.ones(1000)
+    shifts = torch.linspace(-1e-3, 1e-3, 1000)  # bfloat16 has steps of 2^-8 and 2^-7 around 1
+    base = folder("base", {"a": base_values.bfloat16()})
+    expert = folder("expert", {"a": base_values + shifts})
+    out = run_merge(tmp_path / "out", base, [expert], "--method", "ta")
+    assert json.loads((out / "merge.json").read_text())["lost"] == 1
+    assert "rounds 100% of the shifts away (--dtype F32 keeps them)" in capsys.readouterr().out
+    out = run_merge(tmp_path / "f32", base, [expert], "--method", "ta", "--dtype", "F32")
+    assert json.loads((out / "merge.json").read_text())["lost"] == 0
+    assert "rounds" not in capsys.readouterr().out
+
+
+def test_sce_selects_all_positions_of_equal_variance(folder, tmp_path):
+    """The same three values in six orders: one variance, whatever the order of the sums is."""
+    values = (0.1, 0.7, -0.3)
+    orders = torch.tensor(list(itertools.permutations(values))).T  # [3 experts, 6 positions]
+    small = torch.full((3, 6), 0.01)
+    tau = torch.cat([orders, small], dim=1)
+    base = folder("base", {"a": torch.zeros(12)})
+    experts = [folder(f"expert{k}", {"a": tau[k].clone()}) for k in range(3)]
+    out = run_merge(tmp_path / "out", base, experts, "--method", "sce", "--density", "0.25")
+    merged_values = load_file(out / "model.safetensors")["a"]
+    assert (merged_values[:6] != 0).all()  # 3 of 12 were asked for; all 6 are equal
+    assert (merged_values[6:] == 0).all()
 
 
 def longer_than_its_bytes(header):
