@@ -924,6 +924,7 @@ def setup(args, rows: tuple[list[dict], list[dict]] | None = None) -> Run:
         args.is_correction = "mask" if policy.engine else "none"
     if args.zero_advantage == "auto":
         args.zero_advantage = "keep" if args.beta else "drop"
+    checkpoints.check_saving(out, policy, tokenizer, args.optim)
     steps_done = 0
     if args.resume and (out / "checkpoint").exists():
         folder = out / "checkpoint"

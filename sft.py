@@ -175,6 +175,7 @@ def main(argv: list[str] | None = None) -> str:
         f"{warmup} to warm up · {out}"
     )
     runs.open_run(args, "sft")
+    checkpoints.check_saving(out, policy, tokenizer)
     optimizer = train(
         policy,
         tokenizer,

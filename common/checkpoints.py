@@ -52,20 +52,25 @@ def save_folder(link: Path, tag: str, write) -> None:
         make_durable(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
+        point(link, folder)
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"cannot save {folder}: {reason_of(error)}; the last whole checkpoint is kept"
         ) from error
+    for old in link.parent.glob(f"{link.name}-*"):
+        if old.name != folder.name:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def point(link: Path, folder: Path) -> None:
+    """Let a symbolic link point to a folder beside it, by one rename."""
     pointer = link.with_name(f"{link.name}.tmp")
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(folder.name)
     if link.is_dir() and not link.is_symlink():  # a copy of the run was made without links
         link.rename(link.with_name(f"{link.name}-copied"))
     os.replace(pointer, link)
-    for old in link.parent.glob(f"{link.name}-*"):
-        if old.name != folder.name:
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def reason_of(error: BaseException) -> str:
@@ -98,9 +103,15 @@ def save_model(folder: Path, model, tokenizer, tensors, shard_bytes: int = 4 << 
         for _ in tensors:
             pass
         return
+    dtype = save_weights(folder, tensors, shard_bytes)
+    save_description(folder, model, tokenizer, dtype)
+
+
+def save_description(folder: Path, model, tokenizer, dtype: torch.dtype) -> None:
+    """Write all of a model's folder but the weights, which are of this dtype."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.dtype = save_weights(folder, tensors, shard_bytes)
+    config.dtype = dtype
     config.save_pretrained(folder)
     # save_pretrained refuses what from_pretrained takes, such as a temperature of greedy decoding
     write_text(folder / "generation_config.json", model.generation_config.to_json_string())
@@ -155,6 +166,36 @@ def save_weights(folder: Path, tensors, shard_bytes: int) -> torch.dtype:
 
 
 # ---------------- a trainer's checkpoint ----------------
+
+
+def check_saving(out: Path, policy, tokenizer, optim: str = "adamw") -> None:
+    """Raise UserError before the first step if save_checkpoint would fail after the last one.
+
+    Everything but the weights is written into a folder of its own, as a checkpoint is, and deleted.
+    The disk must have room for two checkpoints, because the older one is deleted when the newer one
+    is complete. Every rank calls this. optim: as the flag --optim.
+    """
+
+    def write(folder: Path):
+        if ranks.is_first():
+            save_description(folder, policy.model, tokenizer, torch.float32)
+
+    trial = out / "trial"
+    try:
+        save_folder(trial, "0", write)
+    finally:
+        if ranks.is_first():
+            trial.unlink(missing_ok=True)
+            shutil.rmtree(f"{trial}-0", ignore_errors=True)
+    moment_bytes = 2 if optim == "adamw8bit" else 8  # per parameter, Adam's two moments
+    size = sum(parameter.numel() for parameter in policy.parameters()) * (4 + moment_bytes)
+    needed = 1 if (out / "checkpoint").exists() else 2  # checkpoints that must find room
+    free = shutil.disk_usage(out).free
+    if free < needed * size:
+        raise UserError(
+            f"{out}: its disk has {free / 2**30:.1f} GiB free, and {needed} × {size / 2**30:.1f} "
+            "GiB are needed for checkpoints: free some, or choose another --out"
+        )
 
 
 def save_checkpoint(out: Path, step: int, policy, tokenizer, optimizer, state: dict) -> None:

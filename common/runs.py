@@ -168,6 +168,9 @@ def default_folder(args, algorithm: str, flags: dict) -> Path:
 def check_folder(out: Path, flags: dict, free: set, resume: bool, algorithm: str) -> None:
     """Raise UserError if a run with these flags may not use this folder."""
     check_output_folder("--out", str(out))
+    files = {path.name for path in out.iterdir()} if out.exists() else set()
+    if not resume and files <= {LOCK, "args.json"}:
+        return  # a new folder, or that of a run which ended before it began
     if (out / "args.json").exists():
         old = comparable(read_flags(out), {*free, "history"})
         changes = changed_flags(old, flags)
@@ -184,7 +187,7 @@ def check_folder(out: Path, flags: dict, free: set, resume: bool, algorithm: str
         raise UserError(
             f"--resume: {out} holds no run of these flags; leave --resume out to start one"
         )
-    elif out.exists() and {path.name for path in out.iterdir()} - {LOCK}:
+    else:
         raise UserError(f"--out {out} exists, is not empty and holds no run: choose another folder")
 
 

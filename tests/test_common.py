@@ -87,6 +87,9 @@ def test_a_server_that_moved_does_not_stop_a_resume_but_one_that_is_gone_does(tm
 
 def test_two_runs_with_different_flags_never_share_a_folder(tmp_path):
     out = open_run(run_args(tmp_path / "run"), "grpo")
+    assert open_run(run_args(out, model="gpt2"), "grpo") == out  # the first has not begun
+    open_run(run_args(out), "grpo")
+    (out / "metrics.jsonl").touch()
     for changed, message in [
         ({"model": "gpt2"}, "--model toy → gpt2"),
         ({}, "--resume continues it"),

@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 import grpo
+import sft
 from common import checkpoints, models
 from common.errors import UserError
 from helpers import ROOT
 
 EMBEDDING = "transformer.wte.weight"
 TRAINING = ["--data", "toy", "--batch-prompts", "4", "--mini-batch-prompts", "4"]
+SFT_ROW = '{"domain": "math", "prompt": "1 + 1 =", "response": "2", "answer": "2"}\n'
 TRAINING += ["--group-size", "4", "--save-every", "1", "--eval-prompts", "1"]
 
 
@@ -201,6 +203,55 @@ def test_a_generation_config_that_transformers_does_not_write_is_kept(folder, tm
     saved = json.loads((out / "checkpoint" / "generation_config.json").read_text())
     assert saved["temperature"] == 0.6
     assert saved["eos_token_id"] == config["eos_token_id"]
+
+
+def without_room(monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=10 << 20)  # bytes; the toy's takes more
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    return "its disk has 0.0 GiB free, and 2 × 0.0 GiB are needed"
+
+
+def without_links(monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(1, "Operation not permitted")  # as file systems without links do
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    return "Operation not permitted"
+
+
+def without_a_tokenizer_that_saves(monkeypatch):
+    def refuse(*arguments, **options):
+        raise ValueError("cannot be saved")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", refuse)
+    return "cannot be saved"
+
+
+@pytest.mark.parametrize("script", [grpo, sft])
+@pytest.mark.parametrize(
+    "fault", [without_room, without_links, without_a_tokenizer_that_saves], ids=lambda f: f.__name__
+)
+def test_what_cannot_be_saved_is_found_before_the_first_step(
+    script, fault, folder, tmp_path, monkeypatch
+):
+    """The command may be given again when the fault is mended."""
+    out = tmp_path / "out"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(SFT_ROW * 8)
+    flags = {
+        grpo: [*TRAINING, "--max-prompt-tokens", "16", "--max-new-tokens", "18"],
+        sft: ["--data", str(rows), "--batch-rows", "4"],
+    }[script]
+    command = [*flags, "--model", str(folder), "--steps", "1", "--out", str(out)]
+    command += ["--system-prompt", ""]
+    with monkeypatch.context() as patch:
+        message = fault(patch)
+        with pytest.raises(UserError, match=message):
+            script.main(command)
+        assert {path.name for path in out.iterdir()} <= {"args.json", ".lock"}
+    script.main(command)
+    assert (out / "checkpoint" / "trainer.pt").exists()
+    assert not list(out.glob("trial*"))
 
 
 # ---------------- resuming from a damaged checkpoint ----------------
