@@ -8,8 +8,10 @@ responses into a batch: a dict of tensors, one row of each tensor per response.
 Shapes: P prompts, G group size (responses per prompt), B sequences (P · G), T tokens.
 """
 
+import datetime
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -72,8 +74,8 @@ def train_and_eval_rows(
             "text is right; anything else is wrong"
         )
     system, limit = args.system_prompt, args.max_prompt_tokens
-    train_rows = encode_prompts(train_rows, tokenizer, system, limit)
-    eval_rows = encode_prompts(eval_rows, tokenizer, system, limit, "evaluation")
+    train_rows = encode_prompts(train_rows, tokenizer, system, limit, date=args.date)
+    eval_rows = encode_prompts(eval_rows, tokenizer, system, limit, "evaluation", args.date)
     return train_rows, eval_rows
 
 
@@ -114,23 +116,27 @@ def needs_verifier(row: dict) -> bool:
 # ---------------- prompts ----------------
 
 
+# A thought that the prompt begins for the model, or begins and ends
+OPENED = re.compile(r"<think>\s*(?:</think>\s*)?$")
+
+
 def encode_prompts(
-    rows: list[dict], tokenizer, system: str, limit: int, name: str = "--data"
+    rows: list[dict], tokenizer, system: str, limit: int, name: str = "--data", date: str = ""
 ) -> list[dict]:
     """Copies of the rows with two more fields: "ids", the prompt's tokens, and "opened".
 
     The tokenizer's chat template writes the prompt; if there is none, the prompt is plain text.
-    "opened" is the text of the response that the template has written already: "<think>" or "".
+    "opened" is the part of the response that the prompt ends with already, such as "<think>\\n".
     Prompts of more than `limit` tokens are dropped, and a message says how many.
-    system: the system prompt, "" for none. name: what the messages call the rows.
-    Raises UserError when no row is left.
+    system: the system prompt, "" for none. name: what the messages call the rows. date: what a
+    template is told that asks for the date; "" for today's. Raises UserError when no row is left.
     """
     encoded = []
     dropped = Counter()  # domain → rows
     incomplete = 0  # prompts that lack a part of what they were made from
     for row in rows:
         if tokenizer.chat_template:
-            text = chat_text(row, tokenizer, system)
+            text = chat_text(row, tokenizer, system, date)
             # the template has written the special tokens
             ids = tokenizer(text, add_special_tokens=False).input_ids
         else:
@@ -144,8 +150,8 @@ def encode_prompts(
         if len(ids) > limit:
             dropped[row["domain"]] += 1
             continue
-        opened = "<think>" if text.rstrip().endswith("<think>") else ""
-        encoded.append({**row, "ids": ids, "opened": opened})
+        opened = OPENED.search(text)
+        encoded.append({**row, "ids": ids, "opened": opened[0] if opened else ""})
 
     if dropped:
         counts = ", ".join(f"{domain} {count}" for domain, count in dropped.items())
@@ -222,25 +228,40 @@ def plain_text(row: dict, system: str) -> str:
     return f"{text}\n\n" if system else text
 
 
-def chat_text(row: dict, tokenizer, system: str) -> str:
+def chat_text(row: dict, tokenizer, system: str, date: str = "") -> str:
     """The prompt as the chat template writes it, up to where the response begins.
 
-    If the row has a system message, `system` is appended to it. Raises UserError if the template
-    refuses the messages.
+    If the row has a system message, `system` is appended to it. If the last message is the
+    assistant's, the response continues it. date: see encode_prompts. Raises UserError if the
+    template refuses the messages.
     """
     messages = to_messages(row)
     if system:
         messages = add_system(messages, system)
-    options = {"tools": row.get("tools"), "tokenize": False, "add_generation_prompt": True}
+    continues = messages[-1]["role"] == "assistant"
+    options = {
+        "tools": row.get("tools"),
+        "tokenize": False,
+        "add_generation_prompt": not continues,
+        "continue_final_message": continues,
+    }
+    if date:
+        # the function that transformers gives to templates, at this date
+        options["strftime_now"] = datetime.datetime.fromisoformat(date).strftime
     try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except jinja2.TemplateError:
-        # some templates know no system role (Gemma's): the text goes to the user's turn instead
-        if messages[0]["role"] != "system" or len(messages) < 2:
-            raise UserError(
-                f"row {row['id']}: the model's chat template refuses this prompt"
-            ) from None
-    return tokenizer.apply_chat_template(system_in_first_turn(messages), **options)
+        try:
+            return tokenizer.apply_chat_template(messages, **options)
+        except jinja2.TemplateError:
+            # some templates know no system role (Gemma's): its text goes to the user's turn instead
+            if messages[0]["role"] != "system" or len(messages) < 2:
+                raise
+            return tokenizer.apply_chat_template(system_in_first_turn(messages), **options)
+    # what a template calls may raise anything
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"row {row['id']}: the model's chat template refuses this prompt ({reason:.200})"
+        ) from error
 
 
 def add_system(messages: list[dict], system: str) -> list[dict]:

@@ -62,7 +62,7 @@ from common.files import (
 from common.keys import hash_of
 from common.reports import unknown_text
 from common.rows import DOMAINS, prompt_text
-from common.runs import changed_flags, comparable, read_flags
+from common.runs import changed_flags, comparable, date_of, read_flags
 from sources import benchmarks
 from sources.load import load_rows
 from sources.models import resolve_model
@@ -76,6 +76,7 @@ SAMPLING = (
     "--data",
     "--domains",
     "--system-prompt",
+    "--date",
     "--max-prompt-tokens",
     "--max-new-tokens",
     "--temperature",
@@ -230,6 +231,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         print(compare(args.compare))
         return None
     check_outputs(args.out, args.rated)
+    args.date = args.date or date_of(Path(args.out))
 
     # 1. rows, model, engine
     rows = load_evaluation_rows(args)
@@ -411,6 +413,7 @@ def encode_rows(rows: list[dict], tokenizer, args) -> list[dict]:
         args.system_prompt,
         args.max_prompt_tokens,
         "--data and --benchmarks",
+        args.date,
     )
     encoded_ids = {row["id"] for row in encoded}
     lost = [row["id"] for row in rows if "benchmark" in row and row["id"] not in encoded_ids]

@@ -826,7 +826,8 @@ def setup(args, rows: tuple[list[dict], list[dict]] | None = None) -> Run:
     if args.threads:
         torch.set_num_threads(args.threads)
     ranks.start()
-    runs.open_run(args, ALGORITHM, write=False)  # fail early if the folder is taken
+    out = runs.open_run(args, ALGORITHM, write=False)  # fail early if the folder is taken
+    args.date = args.date or runs.date_of(out)
 
     # The model and its rows.
     name = resolve_model(args.model)

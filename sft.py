@@ -12,6 +12,7 @@ Suffixes: B sequences, T tokens.
 
 import math
 import os
+import re
 import time
 
 import torch
@@ -32,7 +33,7 @@ def encode(rows: list[dict], tokenizer, limit: int) -> dict[str, torch.Tensor]:
     """
     ids_B, mask_B = [], []
     for row in rows:
-        text = row["response"].removeprefix(row["opened"])
+        text = without_opened(row["response"], row["opened"])
         response = tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         ids_B.append((row["ids"] + response)[:limit])
         mask_B.append(([False] * len(row["ids"]) + [True] * len(response))[:limit])
@@ -42,6 +43,15 @@ def encode(rows: list[dict], tokenizer, limit: int) -> dict[str, torch.Tensor]:
         "mask": torch.tensor([mask + [False] * (T - len(mask)) for mask in mask_B]),
         "length": torch.tensor([len(ids) for ids in ids_B]),
     }
+
+
+def without_opened(response: str, opened: str) -> str:
+    """The response without what its prompt ends with already, in whatever white space."""
+    if not opened:
+        return response
+    tags = r"\s*".join(map(re.escape, opened.split()))
+    end = r"\s*" if opened[-1].isspace() else ""
+    return re.sub(rf"^\s*{tags}{end}", "", response)
 
 
 def train(

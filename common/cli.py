@@ -5,6 +5,7 @@ alone is defined in that script, with a type from here.
 """
 
 import argparse
+import datetime
 import math
 import os
 import re
@@ -56,6 +57,16 @@ def domain_name(text: str) -> str:
     if text not in DOMAINS:
         raise argparse.ArgumentTypeError(f"{text}: not one of {' '.join(DOMAINS)}")
     return text
+
+
+def iso_date(text: str) -> str:
+    """An argparse type: a date such as 2026-11-25; or "", which stays what it is."""
+    if not text:
+        return ""
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: must be a date such as 2026-11-25") from None
 
 
 def untruncated(text: str) -> float:
@@ -219,6 +230,7 @@ FLAGS = {
         "help": "evaluate on the rows of these sources instead of held-out rows of --data",
     },
     "--domains": {
+        "type": domain_name,
         "nargs": "+",
         "default": [],
         "help": "use only the rows of these domains: math, code, science, writing, if, agent",
@@ -237,6 +249,12 @@ FLAGS = {
     "--system-prompt": {
         "default": SYSTEM_PROMPT,
         "help": "the system prompt, which asks the model for <think> and <answer>",
+    },
+    "--date": {
+        "type": iso_date,
+        "default": "",
+        "help": "the date that a chat template may tell the model, such as 2026-11-25 (default: "
+        "today; what is continued keeps its own)",
     },
     "--max-prompt-tokens": {
         "type": positive_int,

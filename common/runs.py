@@ -1,5 +1,6 @@
 """A run's folder, with args.json, metrics.jsonl and samples.jsonl. Two runs never share one."""
 
+import datetime
 import fcntl
 import json
 import os
@@ -23,6 +24,7 @@ from common.keys import hash_of
 # Flags that may change when a run is resumed; args.json keeps the changes in "history". (With a
 # curriculum --steps may not, because the curriculum depends on the run's length.)
 FREE_FLAGS = {
+    "date",
     "lr",
     "out",
     "resume",
@@ -131,6 +133,15 @@ def read_flags(out: Path) -> dict:
     if not isinstance(flags, dict):
         raise UserError(f"{out / 'args.json'} is damaged: a script writes its flags there, as JSON")
     return flags
+
+
+def date_of(out: Path) -> str:
+    """The date that the prompts of a run or an evaluation tell, such as "2026-11-25".
+
+    It is the one in the args.json that the folder has, or else today's.
+    """
+    recorded = read_flags(out).get("date") if (out / "args.json").exists() else None
+    return recorded or datetime.date.today().isoformat()
 
 
 def check_checkpoint(out: Path, steps: int) -> None:

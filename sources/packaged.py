@@ -50,29 +50,41 @@ def humaneval_row(problem: dict) -> dict:
     }
 
 
-def gym_rows(tasks: list[str], seed: int, size: int = 500) -> list[dict]:
-    """`size` generated rows per task of reasoning-gym, whose own checker scores the responses.
+def gym_domains(tasks: list[str]) -> dict[str, str]:
+    """{task of reasoning-gym: its domain}.
 
     Raises UserError for an unknown task, or if reasoning-gym is not installed.
     """
     package_path("reasoning_gym")
-    import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
-    rows = []
+    domains = {}
     for task in tasks:
         if task not in DATASETS:
             known = ", ".join(sorted(DATASETS))
             raise UserError(f"--data gym:{task}: reasoning-gym has no such task; it has {known}")
         # its class is in the module reasoning_gym.<category>.<task>
         category = DATASETS[task][0].__module__.split(".")[1]
-        domain = GYM_DOMAINS.get(category, "science")
+        domains[task] = GYM_DOMAINS.get(category, "science")
+    return domains
+
+
+def gym_rows(tasks: list[str], seed: int, size: int = 500) -> list[dict]:
+    """`size` generated rows per task of reasoning-gym, whose own checker scores the responses.
+
+    Raises UserError for an unknown task, or if reasoning-gym is not installed.
+    """
+    domains = gym_domains(tasks)
+    import reasoning_gym
+
+    rows = []
+    for task in tasks:
         with contextlib.redirect_stdout(io.StringIO()):  # some generators print
             entries = list(reasoning_gym.create_dataset(task, size=size, seed=seed))
         for index, entry in enumerate(entries):
             row = {
                 "id": f"gym/{task}/{seed}/{index}",
-                "domain": domain,
+                "domain": domains[task],
                 "prompt": entry["question"],
                 "answer": str(entry["answer"]),
                 "gym": {"task": task, "size": size, "seed": seed, "index": index},

@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.files import RUNS, check_output_file, write_jsonl
 from common.keys import rng
 from common.rows import DOMAINS, check_row, read_json_lines, read_rows
-from sources.packaged import gym_rows
+from sources.packaged import gym_domains, gym_rows
 
 GURU = "LLM360/guru-RL-92k"
 GURU_CODE_FILES = [
@@ -521,8 +521,9 @@ def main(argv: list[str] | None = None) -> None:
 
     domains = args.domains or list(DOMAINS)
     if args.recipe == "gym":
-        generated = gym_rows(args.tasks, args.seed, args.size)
-        rows = [row for row in generated if row["domain"] in domains]
+        domain_of = gym_domains(args.tasks)
+        tasks = [task for task in args.tasks if domain_of[task] in domains]
+        rows = gym_rows(tasks, args.seed, args.size)
     else:
         rows = build(args.recipe, args.source, domains, args.seed, exact=not args.any_count)
     if not rows:

@@ -83,7 +83,9 @@ def run(args):
     rows = [row for row in evaluation.load_evaluation_rows(args) if row["domain"] in experts]
     args.model = next(iter(experts.values()))
     name, tokenizer, policy = evaluation.open_model(args)
-    rows = data.encode_prompts(rows, tokenizer, args.system_prompt, args.max_prompt_tokens)
+    rows = data.encode_prompts(
+        rows, tokenizer, args.system_prompt, args.max_prompt_tokens, date=args.date
+    )
     engine = evaluation.open_sampler(name, policy, rows, args)
     print(
         f"engine {engine}; {len(rows)} prompts × {args.k} responses by {len(experts)} experts and "

@@ -75,7 +75,7 @@ def run(args):
         if result is None:
             questions = make_questions(items, args.answers, folder)
             # eval.py's flags, replaced by this command's
-            settings = argparse.Namespace(**(flags | vars(args)))
+            settings = argparse.Namespace(**({"date": ""} | flags | vars(args)))
             judge, questions = open_judge(judge, questions, settings, folder)
             replies = judge_answers(*judge, questions, settings)
             result = result_of(items, questions, replies)
@@ -104,11 +104,14 @@ def inputs_of_result(args, items: list[dict], flags: dict) -> dict:
 
 
 def finished_result(path: Path, inputs: dict) -> dict | None:
-    """The result in verify.json, if it has the same inputs."""
+    """The result in verify.json, if it has the same inputs. Raises UserError if it is damaged."""
     if not path.exists():
         return None
-    saved = json.loads(path.read_text())
-    return saved["found"] if saved["asked"] == inputs else None
+    try:
+        saved = json.loads(path.read_text())
+        return saved["found"] if saved["asked"] == inputs else None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: remove it, and the answers are judged again") from None
 
 
 def make_questions(items: list[dict], answers: int, folder: str) -> list[dict]:
@@ -154,7 +157,12 @@ def open_judge(judge: tuple | None, questions: list[dict], settings, folder: str
 
     def encode(tokenizer):
         return data.encode_prompts(
-            questions, tokenizer, settings.system_prompt, settings.max_prompt_tokens, folder
+            questions,
+            tokenizer,
+            settings.system_prompt,
+            settings.max_prompt_tokens,
+            folder,
+            settings.date,
         )
 
     if judge is None:

@@ -2,6 +2,7 @@
 
 import argparse
 import codecs
+import datetime
 import gzip
 import json
 import re
@@ -12,6 +13,7 @@ import pytest
 
 import data
 import rewards
+import sft
 from common.errors import UserError
 from common.rows import check_row
 from sources.load import load_rows
@@ -206,6 +208,7 @@ def test_rows_that_are_passed_take_the_place_of_data_and_eval_data():
         eval_domains=["if"],
         verifier_url="",
         system_prompt="",
+        date="",
         max_prompt_tokens=16,
         max_new_tokens=18,
     )
@@ -233,7 +236,7 @@ class Bytes:
     def __call__(self, text, add_special_tokens=True):
         return argparse.Namespace(input_ids=list(text.encode()))
 
-    def apply_chat_template(self, messages, tools, tokenize, add_generation_prompt):
+    def apply_chat_template(self, messages, tools, **options):
         turns = "|".join(f"{message['role']}:{message['content']}" for message in messages)
         return f"{turns}|{tools}|assistant:{self.chat_template}"
 
@@ -278,13 +281,88 @@ def test_a_chat_template_gets_the_system_prompt_and_the_tools():
         "system:be kind\n\nthink|user:hi|[1]|assistant:<think>\n",
     ]
     encoded = data.encode_prompts(PROMPT_ROWS, tokenizer, "", 999)
-    assert {row["opened"] for row in encoded} == {"<think>"}
+    assert {row["opened"] for row in encoded} == {"<think>\n"}
 
 
 def test_a_template_without_a_system_role_gets_its_text_in_the_users_turn():
     assert encoded_texts(PROMPT_ROWS[:1], NoSystemRole(), "think") == [
         "user:think\n\nhello|None|assistant:<think>\n"
     ]
+
+
+def with_template(template):
+    """The toy's tokenizer with this chat template."""
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+DATED = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+
+
+def test_a_template_that_asks_for_the_date_gets_the_one_that_is_given():
+    tokenizer = with_template(DATED)
+    row = {"id": "a", "domain": "math", "prompt": "1+1="}
+    today = datetime.date.today().strftime("%d %b %Y")
+    assert data.chat_text(row, tokenizer, "", "2024-02-03") == "03 Feb 2024 1+1="
+    assert data.chat_text(row, tokenizer, "") == f"{today} 1+1="
+
+
+def test_several_templates_without_a_default_end_in_one_line():
+    row = {"id": "a", "domain": "math", "prompt": "1+1="}
+    named = {"rag": "{{ messages[0]['content'] }}", "plan": "plan"}
+    with pytest.raises(UserError, match="refuses this prompt .*no default") as caught:
+        data.chat_text(row, with_template(named), "")
+    assert "\n" not in str(caught.value)
+    named["default"] = "{{ messages[0]['content'] }}!"
+    assert data.chat_text(row, with_template(named), "") == "1+1=!"
+
+
+TURNS = (
+    "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}[end]"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+OPENED_CASES = [
+    ("[assistant]<think>", "<think>"),
+    ("[assistant]<think>\n", "<think>\n"),
+    ("[assistant]<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
+    ("[assistant]so <think> is a tag", ""),
+    ("[assistant]", ""),
+]
+
+
+@pytest.mark.parametrize("end, opened", OPENED_CASES)
+def test_what_the_prompt_has_begun_is_a_part_of_the_response(end, opened):
+    tokenizer = Bytes()
+    tokenizer.chat_template = end
+    (row,) = data.encode_prompts([PROMPT_ROWS[0]], tokenizer, "", 999)
+    assert row["opened"] == opened
+    tokenizer.all_special_ids, tokenizer.added_tokens_decoder = [], {}
+    tokenizer.decode = lambda ids: bytes(ids).decode()
+    assert data.response_texts([row], [list(b"yes")], tokenizer) == [f"{opened}yes"]
+
+
+@pytest.mark.parametrize("begun", ["<think>", "<think>\n"])
+def test_a_last_message_of_the_assistant_is_continued(begun):
+    messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": begun}]
+    row = {"id": "a", "domain": "math", "prompt": messages}
+    text = data.chat_text(row, with_template(TURNS), "")
+    assert text.rstrip() == "[user]1+1=[end][assistant]<think>"
+
+
+DEMONSTRATIONS = [
+    ("<think>\nso</think>2", "", "<think>\nso</think>2"),
+    ("<think>\nso</think>2", "<think>\n", "so</think>2"),
+    ("<think>so</think>2", "<think>\n", "so</think>2"),
+    ("<think>\nso</think>2", "<think>", "\nso</think>2"),
+    ("<think></think>2", "<think>\n\n</think>\n\n", "2"),
+    ("2", "<think>\n", "2"),
+]
+
+
+@pytest.mark.parametrize("response, opened, rest", DEMONSTRATIONS)
+def test_a_demonstration_goes_on_where_its_prompt_ends(response, opened, rest):
+    assert sft.without_opened(response, opened) == rest
 
 
 def test_long_prompts_are_dropped_and_counted(capsys):

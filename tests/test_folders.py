@@ -1,5 +1,6 @@
 """Models' folders and checkpoints that are damaged, incomplete or of another model."""
 
+import datetime
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from common import checkpoints, models
 from common.errors import UserError
 from helpers import ROOT
 
+YESTERDAY = (datetime.date.today() - datetime.timedelta(days=1)).isoformat()
 EMBEDDING = "transformer.wte.weight"
 TRAINING = ["--data", "toy", "--batch-prompts", "4", "--mini-batch-prompts", "4"]
 SFT_ROW = '{"domain": "math", "prompt": "1 + 1 =", "response": "2", "answer": "2"}\n'
@@ -335,6 +337,16 @@ def test_a_resumed_run_may_change_its_learning_rate_and_says_so(run_folder, tmp_
     flags = json.loads((out / "args.json").read_text())
     assert flags["history"] == ["--lr 0.0005 → 0.0001; --steps 1 → 2"]
     assert flags["lr"] == 0.0001
+
+
+def test_a_resumed_run_keeps_the_date_of_its_prompts(run_folder, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(run_folder, out, symlinks=True)
+    flags = json.loads((out / "args.json").read_text())
+    assert flags["date"] in (datetime.date.today().isoformat(), YESTERDAY)
+    (out / "args.json").write_text(json.dumps(flags | {"date": "2024-02-03"}))
+    grpo.main([*TRAINING, "--steps", "2", "--out", str(out), "--resume"])
+    assert json.loads((out / "args.json").read_text())["date"] == "2024-02-03"
 
 
 def test_fewer_steps_than_are_done(run_folder, tmp_path):
