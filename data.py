@@ -20,6 +20,7 @@ import torch
 
 from common.errors import UserError
 from common.keys import rng
+from common.models import context_of
 from common.rows import DOMAINS, lagging_domain
 from sources.load import load_rows
 
@@ -46,25 +47,35 @@ def hold_out(rows: list[dict], per_domain: int) -> tuple[list[dict], list[dict]]
     return training, list(held_out.values())
 
 
-def check_context(args, context: int) -> None:
-    """Raise UserError if a prompt and its response may exceed the context (in tokens)."""
+def check_context(args, config) -> None:
+    """Raise UserError if a prompt and its response may exceed the context of the model's config."""
+    context, limit = context_of(config)
     if args.max_prompt_tokens + args.max_new_tokens > context:
         raise UserError(
             f"--max-prompt-tokens {args.max_prompt_tokens} + --max-new-tokens "
-            f"{args.max_new_tokens} exceed the model's context of {context} tokens: "
-            "lower one of them"
+            f"{args.max_new_tokens} exceed {context} tokens, {limit}: lower one of them"
         )
 
 
+def check_ids(rows: list[dict], vocab: int) -> None:
+    """Raise UserError if a prompt has a token id of at least `vocab`: the model cannot read it."""
+    for row in rows:
+        largest = max(row["ids"], default=0)
+        if largest >= vocab:
+            raise UserError(
+                f"row {row['id']}: its prompt has the token {largest}, for which the model's "
+                f"embedding of {vocab} rows has none"
+            )
+
+
 def train_and_eval_rows(
-    args, tokenizer, context: int, rows: tuple[list[dict], list[dict]] | None = None
+    args, tokenizer, rows: tuple[list[dict], list[dict]] | None = None
 ) -> tuple[list[dict], list[dict]]:
     """(training rows, evaluation rows) with their prompts' tokens; no prompt is in both.
 
-    context: the model's, in tokens. rows: (training rows, held-out rows), as load_rows returns
-    rows; they replace those of --data and --eval-data. Raises UserError.
+    rows: (training rows, held-out rows), as load_rows returns rows; they replace those of --data
+    and --eval-data. Raises UserError.
     """
-    check_context(args, context)
     train_rows, eval_rows = load_train_and_eval(args) if rows is None else rows
     train_rows = select_domains(train_rows, args.domains)
     eval_rows = select_domains(eval_rows, args.eval_domains or args.domains)

@@ -60,6 +60,7 @@ from common.files import (
     write_text,
 )
 from common.keys import hash_of
+from common.models import context_of
 from common.reports import unknown_text
 from common.rows import DOMAINS, prompt_text
 from common.runs import changed_flags, comparable, date_of, read_flags
@@ -237,6 +238,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     rows = load_evaluation_rows(args)
     name, tokenizer, policy = open_model(args)
     encoded = encode_rows(rows, tokenizer, args)
+    data.check_ids(encoded, policy.vocab)
     # The engine makes room for the longest prompt only.
     args.max_prompt_tokens = max(len(row["ids"]) for row in encoded)
     engine = open_sampler(name, policy, encoded, args)
@@ -397,11 +399,10 @@ def open_model(args):
     tokenizer, policy = grpo.load_policy(name, args.dtype)
     # Logits are divided by this. A temperature of 0 is greedy sampling and divides nothing.
     policy.temperature = args.temperature or 1.0
-    # A model without this value has no limit.
-    context = getattr(policy.model.config, "max_position_embeddings", 1 << 30)
+    context, _ = context_of(policy.model.config)
     if not args.max_prompt_tokens:
         args.max_prompt_tokens = max(1, min(LONGEST_PROMPT, context - args.max_new_tokens))
-    data.check_context(args, context)
+    data.check_context(args, policy.model.config)
     return name, tokenizer, ranks.place(policy, args)
 
 

@@ -225,6 +225,8 @@ def train(run: Run, look=None) -> Path:
         #    sampler's own may differ a little: w corrects for that.)
         clock = time.perf_counter()
         per_token = add_log_probs(policy, run.reference, batch, args)
+        if step == run.steps_done + 1:
+            engines.check_hf_sampler(policy, per_token)
         batch["importance"] = importance_weights(batch, args)
 
         # 3. How much better each response is than its group.
@@ -603,7 +605,7 @@ def evaluate(policy, tokenizer, rows: list[dict], args) -> dict[str, float]:
 class Policy(torch.nn.Module):
     """A causal language model whose forward pass gives the log-probs of responses.
 
-    model: from transformers. vocab: the tokenizer's number of ids; a model's head may have more.
+    model: from transformers. vocab: the number of token ids; a model's head may have more.
     stop_ids: the ids that end a response. Logits [N, V] of all tokens would not fit into memory, so
     they exist only in chunks.
     """
@@ -613,6 +615,7 @@ class Policy(torch.nn.Module):
     def __init__(self, model, vocab: int, stop_ids: list[int], bf16=False, temperature=1.0):
         super().__init__()
         self.model, self.vocab, self.stop_ids = model, vocab, stop_ids
+        self.width = model.get_output_embeddings().weight.shape[1]  # of the head's input
         self.bf16 = bf16  # compute in bfloat16
         self.temperature = temperature  # of log-probs and sampler
         self.engine = None  # vLLM, if it is the sampler
@@ -704,7 +707,7 @@ def log_probs(policy, batch: Batch, args):
     """(logp_BT, entropy_BT, mean_h_B1H) of a whole batch, on the CPU."""
     logp_BT = torch.zeros(batch["ids"].shape)
     entropy_BT = torch.zeros(batch["ids"].shape)
-    mean_h_BH = torch.zeros(len(batch["ids"]), policy.model.config.hidden_size)
+    mean_h_BH = torch.zeros(len(batch["ids"]), policy.width)
     inputs = {name: batch[name] for name in ("ids", "mask", "length")}
     for row_numbers in same_count(micro_batches(batch["length"], args.micro_batch_tokens)):
         micro = take(inputs, row_numbers, policy.device)
@@ -895,8 +898,9 @@ def setup(args, rows: tuple[list[dict], list[dict]] | None = None) -> Run:
     name = resolve_model(args.model)
     tokenizer, policy = load_policy(name, args.dtype)
     policy.temperature = args.temperature
-    context = getattr(policy.model.config, "max_position_embeddings", 1 << 30)
-    train_rows, eval_rows = data.train_and_eval_rows(args, tokenizer, context, rows)
+    data.check_context(args, policy.model.config)
+    train_rows, eval_rows = data.train_and_eval_rows(args, tokenizer, rows)
+    data.check_ids(train_rows + eval_rows, policy.vocab)
     rewards.configure(args)
     rewards.check_rows(train_rows + eval_rows, args.judge_url, args.sandbox_url)
     mix = data.domain_mix(train_rows, args.domain_mix)
@@ -955,7 +959,7 @@ def load_policy(name: str, dtype: str):
     """
     tokenizer, model, stop_ids = models.load_model(name)
     model.eval()  # for good: dropout would make ρ differ from 1 without any update
-    policy = Policy(model, len(tokenizer), stop_ids)
+    policy = Policy(model, models.known_ids(tokenizer, model), stop_ids)
     ids_BT = torch.arange(8)[None]  # any ids will do
     with torch.no_grad():
         policy_logp_T = policy.own_logp(ids_BT[0].tolist())
@@ -964,7 +968,7 @@ def load_policy(name: str, dtype: str):
     if not torch.allclose(model_logp_T, policy_logp_T, atol=1e-3):
         raise UserError(
             f"--model {name}: its logits are not its output head times its last hidden state "
-            "(soft-capped or scaled, as in Gemma 2 and Granite); its log-probs would be wrong here"
+            "(as in Gemma 2, Granite and BERT); its log-probs would be wrong here"
         )
     policy.bf16 = dtype == "bfloat16" or (dtype == "auto" and torch.cuda.is_available())
     return tokenizer, policy

@@ -10,7 +10,6 @@ A row (common/rows.py) needs a "response". The token that ends the response is t
 Suffixes: B sequences, T tokens.
 """
 
-import math
 import os
 import re
 import time
@@ -20,6 +19,7 @@ import torch
 import data
 from common import checkpoints, cli, ranks, runs
 from common.errors import UserError
+from common.models import context_of
 from data import micro_batches, take
 from grpo import load_policy
 from sources.load import load_rows
@@ -175,9 +175,10 @@ def main(argv: list[str] | None = None) -> str:
     tokenizer, policy = load_policy(name, args.dtype)
     policy.device = ranks.device()
     policy.to(policy.device)
-    context = getattr(policy.model.config, "max_position_embeddings", math.inf)
+    context, _ = context_of(policy.model.config)
     limit = min(args.max_tokens, context)
     rows = encode_rows(args, tokenizer, limit)
+    data.check_ids(rows, policy.vocab)
     steps = args.steps or max(1, len(rows) // args.batch_rows)
     warmup = round(args.warmup_share * steps) or args.warmup_steps
     print(

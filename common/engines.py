@@ -15,6 +15,8 @@ from common.errors import UserError
 # How far the canary's mean |Δ log-prob| may be off, in nats. In bfloat16 honest engines were off by
 # 0.005 to 0.087, and engines with shuffled embeddings by 0.6 to 4.9 (docs/notes.md).
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}
+# How far the hf sampler's log-prob of any token may be off the trainer's in float32, in nats.
+FP32_GAP = 1e-3
 
 
 # ---------------- fingerprints ----------------
@@ -110,6 +112,26 @@ def check_engine(policy, engine, sent: dict, held: dict, engine_logp_T, spoiled:
             f"vllm does not hold the {'spoiled' if spoiled else 'right'} weights: {len(wrong)} "
             f"wrong tensors {wrong[:2]}; the canary is off by {gap:.2g} nats (at most "
             f"{tolerance:g})"
+        )
+
+
+# ---------------- the hf sampler ----------------
+
+
+def check_hf_sampler(policy, per_token: list[dict]) -> None:
+    """Raise UserError if the hf sampler's log-probs are not the trainer's.
+
+    Both use the same weights. In fp32 they differ by rounding alone, so more than FP32_GAP nats
+    prove that the sampler's cache does not fit this model. per_token: one dict per rank, with the
+    differences as "log_w". vLLM and bfloat16 are left to the importance weights.
+    """
+    if policy.engine or policy.bf16:
+        return
+    gaps = [values["log_w"].abs().max().item() for values in per_token if len(values["log_w"])]
+    if max(gaps, default=0.0) > FP32_GAP:
+        raise UserError(
+            f"the sampler's log-probs differ from the trainer's by up to {max(gaps):.2g} nats, "
+            f"where fp32 allows {FP32_GAP:g}: the hf engine does not support this model"
         )
 
 

@@ -1,12 +1,14 @@
 """Models by name: folders, runs, names on the hub. A model that cannot be loaded is a UserError."""
 
+import math
 import re
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from common import hub
 from common.errors import UserError
 from common.files import RUNS
 
@@ -52,10 +54,11 @@ def find_model(name: str, fetch: bool = False) -> str:
         )
     if not fetch:
         return hub_name
+    fault = hub.fault()
     try:
-        return snapshot_download(hub_name, allow_patterns=MODEL_FILES)
+        return snapshot_download(hub_name, allow_patterns=MODEL_FILES, local_files_only=bool(fault))
     except (OSError, ValueError) as error:  # the hub's own errors are among these
-        reason = str(error).splitlines()[0]
+        reason = fault or str(error).splitlines()[0]
         raise UserError(
             f"{hub_name}: neither a folder here nor in the cache, and the hub gave: {reason}"
         ) from error
@@ -75,12 +78,18 @@ def name_on_hub(name: str) -> str | None:
 
 def from_pretrained(cls, name: str, **options):
     """cls.from_pretrained(name, **options). Raises UserError of one line if that fails."""
+    is_folder = Path(name).is_dir()
+    fault = "" if is_folder else hub.fault()
+    if fault:
+        options["local_files_only"] = True
     try:
         return cls.from_pretrained(name, **options)
     # What a damaged file raises is up to the library that reads it.
     except Exception as error:
-        if Path(name).is_dir():
+        if is_folder:
             place = "from that folder"
+        elif fault:
+            place = f"from the local cache, and {fault}"
         else:
             place = "from the local cache or the hub (is the hub reachable?)"
         lines = str(error).strip().splitlines() or [""]
@@ -96,13 +105,10 @@ def load_model(name: str):
     tokenizer = from_pretrained(AutoTokenizer, name)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise UserError(f"model {name}: it has no tokenizer files (tokenizer.json or the like)")
+    check_kind(name, from_pretrained(AutoConfig, name))
     model = load_network(name)
     fuse_gelu(model)
-    check_tensors(name, model)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UserError(
-            f"--model {name}: its tokenizer has {len(tokenizer)} ids, its embedding fewer"
-        )
+    check_layers(name, model)
     return tokenizer, model, find_stop_ids(name, tokenizer, model)
 
 
@@ -160,24 +166,64 @@ def fuse_gelu(model) -> None:
                 setattr(module, child_name, torch.nn.GELU("tanh"))
 
 
-def check_tensors(name: str, model) -> None:
-    """Raise UserError if checkpoints or vLLM know some weights by other names than the model."""
-    misnamed = {key for key, _ in model.named_buffers()} & set(model.state_dict())
+def check_kind(name: str, config) -> None:
+    """Raise UserError if a configuration is not that of a model which continues a text."""
+    kind = ""
+    if config.is_encoder_decoder:
+        kind = "an encoder and a decoder"
+    elif config.sub_configs:
+        kind = f"several parts, as multimodal models have ({', '.join(sorted(config.sub_configs))})"
+    if kind:
+        raise UserError(f"--model {name}: it has {kind}: only causal models of text are supported")
+
+
+def check_layers(name: str, model) -> None:
+    """Raise UserError if a model has layers that the sampler or checkpoints cannot handle."""
+    fault = ""
+    if getattr(model, "_is_stateful", False):
+        fault = "it is a state-space or hybrid model, whose recurrent state the sampler lacks"
+    saved_buffers = {key for key, _ in model.named_buffers()} & set(model.state_dict())
+    for key in sorted(saved_buffers):
+        fault = fault or f"it saves {key}, a buffer, which vLLM knows by another name"
     for key, parameter in model.named_parameters():
-        if parameter.ndim > 2 or ".experts." in key:
-            misnamed.add(key)
-    if misnamed:
+        if ".experts." in key:
+            fault = fault or f"it is a mixture of experts, and vLLM knows {key} by another name"
+        elif parameter.ndim > 2:
+            fault = fault or f"{key} has {parameter.ndim} dimensions, as in a convolution"
+    if fault:
         raise UserError(
-            f"--model {name}: it keeps {sorted(misnamed)[0]}, a buffer or a stack of experts, "
-            "which checkpoints and vLLM know by other names: only dense models whose weights are "
-            "all parameters are supported"
+            f"--model {name}: {fault}: only transformers with dense layers are supported"
         )
+
+
+def context_of(config) -> tuple[float, str]:
+    """(how many tokens a prompt and its response may have, what sets that limit).
+
+    inf if the configuration names no limit. A model with longrope has two sets of positions. Which
+    one a token gets depends on the length of its batch, so beyond the switch the sampler and the
+    trainer would disagree (by 2 nats per token in a Phi-3).
+    """
+    most = getattr(config, "max_position_embeddings", math.inf)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        switch = rope.get("original_max_position_embeddings", most)
+        if switch < most:
+            return switch, "the length at which longrope changes the positions"
+    return most, "the model's context"
+
+
+def known_ids(tokenizer, model) -> int:
+    """How many ids both the tokenizer and the embedding have.
+
+    Some embeddings have more rows (Qwen's); some tokenizers have more ids (Gemma 3's, for images).
+    """
+    return min(len(tokenizer), model.get_input_embeddings().num_embeddings)
 
 
 def find_stop_ids(name: str, tokenizer, model) -> list[int]:
     """The sorted ids that end a response: the generation config's and the tokenizer's.
 
-    Raises UserError if there is none, or one that the tokenizer does not have.
+    Raises UserError if there is none, or one that the tokenizer or the embedding does not have.
     """
     eos = model.generation_config.eos_token_id  # an id, a list of ids, or None
     stop_ids = set(eos) if isinstance(eos, list) else {eos}
@@ -187,9 +233,10 @@ def find_stop_ids(name: str, tokenizer, model) -> list[int]:
         raise UserError(
             f"--model {name}: neither its tokenizer nor its generation config names an end token"
         )
-    if max(stop_ids) >= len(tokenizer):
+    ids = known_ids(tokenizer, model)
+    if max(stop_ids) >= ids:
         raise UserError(
-            f"--model {name}: its end token {max(stop_ids)} is outside the tokenizer's "
-            f"{len(tokenizer)} ids"
+            f"--model {name}: its end token {max(stop_ids)} is outside the {ids} ids that its "
+            "tokenizer and its embedding have"
         )
     return sorted(stop_ids)

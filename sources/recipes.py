@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from common import hub
 from common.cli import Parser, add_flags, positive_int, run_main
 from common.errors import UserError
 from common.files import RUNS, check_output_file, write_jsonl
@@ -297,6 +298,9 @@ def read_hub(name: str, repository: str, options: dict):
             f"or give --source {name}=FILE.jsonl"
         ) from None
 
+    fault = hub.fault()
+    if fault:
+        datasets.config.HF_HUB_OFFLINE = True  # what the cache has is taken from there
     file_names = options.get("data_files")
     if not isinstance(file_names, list):
         file_names = [file_names]
@@ -308,8 +312,9 @@ def read_hub(name: str, repository: str, options: dict):
             yield from datasets.load_dataset(repository, **arguments)
     except Exception as error:  # the hub and the file's reader raise errors of many kinds
         reason = str(error).splitlines()[0] if str(error) else ""
+        reason = fault or f"{type(error).__name__} {reason}"
         raise UserError(
-            f"{name} ({repository}): {type(error).__name__} {reason}; is the hub reachable? "
+            f"{name} ({repository}): {reason}; is the hub reachable? "
             f"--source {name}=FILE.jsonl (of sources.recipes and eval.py) reads a file instead"
         ) from error
 

@@ -214,7 +214,7 @@ def test_rows_that_are_passed_take_the_place_of_data_and_eval_data():
     )
     training, held_out = data.hold_out(toy_rows(), 6)
     train_rows, eval_rows = data.train_and_eval_rows(
-        args, toy_tokenizer(), 64, rows=(training, held_out)
+        args, toy_tokenizer(), rows=(training, held_out)
     )
     trained_on = [row["id"] for row in training if row["domain"] in ("math", "if")]
     assert [row["id"] for row in train_rows] == trained_on

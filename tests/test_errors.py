@@ -35,7 +35,7 @@ from helpers import ALGORITHMS, ROOT, fails, run
         (["--mini-batch-prompts", "7"], "does not divide"),
         (["--lr", "-1"], "--lr -1: must be positive"),
         (["--lr", "nan"], "--lr nan: must be a finite number"),
-        (["--max-new-tokens", "100"], "exceed the model's context of 64"),
+        (["--max-new-tokens", "100"], "exceed 64 tokens, the model's context"),
         (["--max-prompt-tokens", "2"], "every prompt is longer than"),
         (["--data", "nowhere.jsonl"], "no such file"),
         (["--model", "Qwen2.5-7B-Instruct"], "cannot load it"),

@@ -241,7 +241,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(rate, tmp_path, capsys, monkey
         (["--rated", str(rated)], "it exists"),
         (["--temperature", "-1"], "must not be negative"),
         (["--k", "0"], "positive"),
-        (["--max-new-tokens", "200"], "exceed the model's context of 64"),
+        (["--max-new-tokens", "200"], "exceed 64 tokens, the model's context"),
         (["--out", str(tmp_path / "again")], "other flags or rows"),
     ):
         assert message in fails(flags, capsys, functools.partial(rate, "new", "--k", "2", *flags))
