@@ -110,15 +110,15 @@ class Checkpoint:
         self.dtype = {}
         self.shape = {}
         self.place = {}
-        model = empty_model(self.folder)
+        layout = layout_of(self.folder)
         for path in safetensors_files(self.folder):
-            self.add_file(path, model)
-        for tensor, original in tied_tensors(model).items():
+            self.add_file(path, layout)
+        for tensor, original in layout.tied.items():
             if tensor in self.shape and self.equal(tensor, original):
                 del self.dtype[tensor], self.shape[tensor], self.place[tensor]
 
-    def add_file(self, path: Path, model) -> None:
-        """Add the tensors of one safetensors file. model: see empty_model. Raises UserError."""
+    def add_file(self, path: Path, layout) -> None:
+        """Add the tensors of one safetensors file. Raises UserError."""
         if not path.exists():
             raise UserError(
                 f"{path} is missing: merge.py reads Hugging Face folders with safetensors files"
@@ -134,13 +134,19 @@ class Checkpoint:
                     f"{path}: {name_in_file} is of type {entry['dtype']}; "
                     f"merge.py reads {' '.join(DTYPES)}"
                 )
-            tensor = name_in_model(name_in_file, model)
+            tensor = name_in_model(name_in_file, layout)
             if tensor is None:
                 continue
             if tensor in self.place:
                 raise UserError(f"{path}: {name_in_file} is the second tensor for {tensor}")
+            shape = tuple(entry["shape"])
+            expected = layout.shape.get(tensor, shape)
+            if shape != expected:
+                raise UserError(
+                    f"{path}: {name_in_file} is {list(shape)}, and by config.json {list(expected)}"
+                )
             self.dtype[tensor] = DTYPES[entry["dtype"]]
-            self.shape[tensor] = tuple(entry["shape"])
+            self.shape[tensor] = shape
             self.place[tensor] = Place(file, data_start + entry["data_offsets"][0])
 
     def size(self, tensor: str) -> int:
@@ -229,54 +235,54 @@ def bytes_of_tensors(header: dict) -> int:
     return end
 
 
-def empty_model(folder: Path):
-    """The folder's model without weights, to ask for names; None if transformers does not know it.
+class Layout(NamedTuple):
+    """What transformers calls a model's tensors; all is empty if it does not know the model."""
 
-    Raises UserError if the folder has no config.json that can be read.
+    shape: dict[str, tuple[int, ...]]  # of each tensor
+    prefix: str  # of the names of the model's body, such as "transformer"
+    tied: dict[str, str]  # {tensor: the one that it is tied to, by config.json}
+
+
+def layout_of(folder: Path) -> Layout:
+    """The layout of the folder's model.
+
+    Raises UserError if there is no config.json that can be read, or if it ties tensors in a model
+    that is no causal language model.
     """
     config = from_pretrained(AutoConfig, str(folder))
+    is_tied = getattr(config, "tie_word_embeddings", False)
     try:
         with torch.device("meta"):  # no memory
-            return AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # what a wrong configuration raises is up to the model
-        if getattr(config, "tie_word_embeddings", False):
+        if is_tied:
             reason = str(error).splitlines()[0][:200]
             raise UserError(f"{folder}: {reason}: merge.py knows causal language models") from None
-        return None
+        return Layout({}, "", {})
 
-
-def name_in_model(name: str, model) -> str | None:
-    """The name in transformers of a tensor in a file; None for a buffer that it no longer saves.
-
-    Old files on the hub lack the prefix of the model's body ("h.0" for "transformer.h.0"), and have
-    masks among their weights. torch.compile and others put a prefix before all names. A name that
-    stays unknown is kept. model: see empty_model.
-    """
-    name = WRAPPERS.sub("", name)
-    if model is None:
-        return name
-    known = model.state_dict()
-    with_prefix = f"{model.base_model_prefix}.{name}"
-    if name not in known and with_prefix in known:
-        return with_prefix
-    if name not in known and OLD_BUFFERS.search(name):
-        return None
-    return name
-
-
-def tied_tensors(model) -> dict[str, str]:
-    """{tensor: the one that it is tied to}: an output head that is the embedding, by config.json.
-
-    model: see empty_model.
-    """
-    if model is None or not getattr(model.config, "tie_word_embeddings", False):
-        return {}
+    shape = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     first_name = {id(parameter): name for name, parameter in model.named_parameters()}
     tied = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if first_name[id(parameter)] != name:
             tied[name] = first_name[id(parameter)]
-    return tied
+    return Layout(shape, model.base_model_prefix, tied if is_tied else {})
+
+
+def name_in_model(name: str, layout: Layout) -> str | None:
+    """The name in transformers of a tensor in a file; None for a buffer that it no longer saves.
+
+    Old files on the hub lack the prefix of the model's body ("h.0" for "transformer.h.0"), and have
+    masks among their weights. torch.compile and others put a prefix before all names. A name that
+    stays unknown is kept.
+    """
+    name = WRAPPERS.sub("", name)
+    if not layout.shape or name in layout.shape:
+        return name
+    with_prefix = f"{layout.prefix}.{name}"
+    if with_prefix in layout.shape:
+        return with_prefix
+    return None if OLD_BUFFERS.search(name) else name
 
 
 # ---------------- checks, before anything is written ----------------

@@ -108,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     if not rows:
         raise UserError(f"{args.file}: no row of code whose tests run programs: nothing to check")
     results = validate(rows, args.sandbox_url)
+    if args.sandbox_url and results and all(passed is None for _, passed, _ in results):
+        raise UserError(f"--sandbox-url: no solution could be checked: {failure_lines(results)[0]}")
     for line in [*failure_lines(results), summary(rows, results)]:
         print(line)
 

@@ -1,6 +1,7 @@
 """Rows from installed packages: OpenAI's HumanEval and reasoning-gym's generated tasks."""
 
 import contextlib
+import difflib
 import gzip
 import io
 import json
@@ -61,8 +62,11 @@ def gym_domains(tasks: list[str]) -> dict[str, str]:
     domains = {}
     for task in tasks:
         if task not in DATASETS:
-            known = ", ".join(sorted(DATASETS))
-            raise UserError(f"--data gym:{task}: reasoning-gym has no such task; it has {known}")
+            similar = difflib.get_close_matches(task, DATASETS) or sorted(DATASETS)[:20]
+            raise UserError(
+                f"gym:{task}: reasoning-gym has no such task among its {len(DATASETS)}, but "
+                f"{', '.join(similar)}"
+            )
         # its class is in the module reasoning_gym.<category>.<task>
         category = DATASETS[task][0].__module__.split(".")[1]
         domains[task] = GYM_DOMAINS.get(category, "science")
