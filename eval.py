@@ -737,7 +737,12 @@ def other_cells(values: dict) -> str:
 # ---------------- finished evaluations side by side ----------------
 
 
-ITEM_FIELDS = ("id", "domain", "accuracy", "responses")  # of a line of items.jsonl
+ITEM_FIELDS = {  # of a line of items.jsonl
+    "id": (str,),
+    "domain": (str,),
+    "accuracy": (int, float, type(None)),
+    "responses": (list,),
+}
 
 
 def read_items(folder) -> list[dict]:

@@ -62,11 +62,12 @@ def append_jsonl(path: Path, objects: Iterable) -> None:
         file.write(to_jsonl(objects))
 
 
-def read_jsonl(path: Path, fields: tuple[str, ...] = ()) -> list[dict]:
+def read_jsonl(path: Path, fields: dict[str, tuple] | None = None) -> list[dict]:
     """The objects of a JSONL file that this project wrote; [] if there is no file.
 
     A last line that is not JSON is left out, because a kill has cut it while it was written.
-    fields: those that each object must have. Raises UserError for a line that is damaged otherwise.
+    fields: {field that each object must have: its types}. Raises UserError for a line that is
+    damaged otherwise.
     """
     objects = []
     if not path.exists():
@@ -79,11 +80,13 @@ def read_jsonl(path: Path, fields: tuple[str, ...] = ()) -> list[dict]:
             if number == len(lines):
                 break
             value = None
-        if not isinstance(value, dict) or not all(name in value for name in fields):
-            needed = f" with {', '.join(fields)}" if fields else ""
+        fault = "" if isinstance(value, dict) else "it is no JSON object"
+        for name, types in (fields or {}).items():
+            if not fault and not isinstance(value.get(name, ...), types):
+                fault = f'its field "{name}" is {value.get(name, "missing")!r:.40}'
+        if fault:
             raise UserError(
-                f"{path} line {number} is damaged: it is no JSON object{needed}: remove the line "
-                "or the file"
+                f"{path} line {number} is damaged: {fault}: remove the line or the file"
             )
         objects.append(value)
     return objects

@@ -3,6 +3,7 @@
 import datetime
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -202,9 +203,22 @@ def check_folder(out: Path, flags: dict, free: set, resume: bool, algorithm: str
         raise UserError(f"--out {out} exists, is not empty and holds no run: choose another folder")
 
 
-def read_steps(path: Path, last_step: int) -> list[dict]:
+def read_steps(path: Path, last_step: float = math.inf) -> list[dict]:
     """The objects of metrics.jsonl or samples.jsonl whose step is at most `last_step`."""
-    return [line for line in read_jsonl(path, ("step",)) if line["step"] <= last_step]
+    return [line for line in read_jsonl(path, {"step": (int,)}) if line["step"] <= last_step]
+
+
+def read_metrics(out: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl. Raises UserError if there is none, or no number in it."""
+    path = out / "metrics.jsonl"
+    lines = read_steps(path)
+    if not lines:
+        raise UserError(f"{out} holds no run: {path} has no complete line")
+    for line in lines:
+        for name, value in line.items():
+            if name != "verdicts" and not isinstance(value, (int, float)):
+                raise UserError(f"{path} is damaged: {name} of step {line['step']} is no number")
+    return lines
 
 
 class RunLog:

@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import read_jsonl
-from common.runs import read_flags
+from common.runs import read_flags, read_metrics
 from common.reports import smoothed
 from common.rows import DOMAINS
 from studies import pictures
@@ -70,13 +69,10 @@ def run(args):
 
 def read_run(folder: Path) -> dict:
     """{hours, steps, sampled_tokens, "<kind>/<domain>": points} of a run. Raises UserError."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        raise UserError(f"{folder} holds no run (metrics.jsonl)")
-    lines = read_jsonl(path, ("step",))
-    if not lines:
-        raise UserError(f"{path} has no complete line")
+    lines = read_metrics(folder)
     world_size = read_flags(folder).get("ranks", 1)
+    if not isinstance(world_size, int):
+        raise UserError(f"{folder / 'args.json'} is damaged: its ranks are {world_size!r:.40}")
     seconds = []
     for line in lines:
         seconds += [value for name, value in line.items() if name.startswith("seconds/")]

@@ -235,9 +235,21 @@ def commit() -> str:
 # ---------------- all runs ----------------
 
 
+RESULT_FIELDS = {  # of a line of RESULTS that everything here reads
+    "setting": (str,),
+    "method": (str,),
+    "seed": (int,),
+    "lr": (int, float),
+    "before": (dict,),
+    "accuracy": (dict,),
+    "moved": (int, float),
+    "reward": (dict,),
+}
+
+
 def read_results() -> list[dict]:
     """The results of all finished runs. A line that a kill has cut is no result."""
-    return read_jsonl(RESULTS)
+    return read_jsonl(RESULTS, RESULT_FIELDS)
 
 
 def choose_rate(results: list[dict], setting: str, method: str) -> tuple[float | None, list[float]]:

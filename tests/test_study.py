@@ -268,5 +268,8 @@ def test_workers_end_with_their_parent():
 
 def test_results_are_read_up_to_a_cut_line(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RESULTS", tmp_path / "study.jsonl")
-    study.RESULTS.write_text('{"a": 1}\n{"a": 2}\n{"a"')
-    assert study.read_results() == [{"a": 1}, {"a": 2}]
+    kinds = {int: 1, float: 0.5, str: "x", dict: {}}
+    result = {name: kinds[types[0]] for name, types in study.RESULT_FIELDS.items()}
+    line = json.dumps(result)
+    study.RESULTS.write_text(f"{line}\n{line}\n{line[:30]}")
+    assert study.read_results() == [result, result]
