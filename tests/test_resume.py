@@ -4,6 +4,8 @@ import functools
 import json
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from common import checkpoints
 from common.files import write_jsonl
 from helpers import (
     ALGORITHMS,
+    ROOT,
     SHORT,
     assert_same_run,
     fails,
@@ -23,7 +26,7 @@ from helpers import (
     run_and_kill,
     strings,
 )
-from sources.toy import toy_rows
+from sources.toy import demonstrations, toy_rows
 
 # Every file's loop is the same: one file without a state, and the one with the largest.
 KILLED = ["grpo", pytest.param("mcpo", marks=pytest.mark.slow)]
@@ -94,6 +97,52 @@ def test_kill_9_mid_save_leaves_the_last_whole_checkpoint(name, whole_run, tmp_p
         "curves.png",
         "metrics.jsonl",
         "samples.jsonl",
+    ]
+
+
+@pytest.mark.slow
+def test_two_resumes_at_once(whole_run, tmp_path):
+    """One of them goes on, and the other one ends in a line."""
+    out = tmp_path / "run"
+    run_and_kill("step    5", "grpo.py", *SHORT, "--out", out)
+    command = [sys.executable, "grpo.py", *strings(*SHORT, "--out", out, "--resume")]
+    options = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    both = [subprocess.Popen(command, **options) for _ in range(2)]
+    errors = [process.communicate()[1] for process in both]
+    statuses = [process.returncode for process in both]
+    assert sorted(statuses) == [0, 1], errors
+    assert "another process is training there" in errors[statuses.index(1)]
+    assert errors[statuses.index(1)].count("\n") == 1
+    assert_same_run(out, whole_run("grpo"))
+
+
+SFT = ("--steps", 40, "--batch-rows", 4, "--max-tokens", 32, "--system-prompt", "", "--seed", 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["mid-run", "mid-save"])
+def test_kill_9_of_sft_then_the_same_command(moment, toy, tmp_path):
+    """sft.py has no --resume: what was killed begins anew, in the same folder."""
+    write_jsonl(tmp_path / "rows.jsonl", demonstrations(200, 0))
+    flags = [*SFT, "--model", toy, "--data", tmp_path / "rows.jsonl", "--out"]
+    assert run("sft.py", *flags, tmp_path / "whole").returncode == 0
+    out = tmp_path / "killed"
+    if moment == "mid-run":
+        run_and_kill("  sft step    20", "sft.py", *flags, out)
+    else:
+        kill_in_first_save = KILL_IN_SAVE.replace("trainer_saves == 3", "trainer_saves == 1")
+        killed = run("-c", kill_in_first_save.format(name="sft"), *flags, out)
+        assert killed.returncode == -signal.SIGKILL
+    assert not (out / "checkpoint").exists()
+    done = run("sft.py", *flags, out)
+    assert done.returncode == 0, done.stderr
+    weights = "checkpoint/model.safetensors"
+    assert (out / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    assert sorted(path.name for path in out.iterdir()) == [
+        ".lock",
+        "args.json",
+        "checkpoint",
+        "checkpoint-000040",
     ]
 
 

@@ -13,8 +13,8 @@ import pytest
 
 import cgpo
 from common.errors import UserError
-from common.files import RUNS
-from helpers import ROOT
+from common.files import RUNS, read_jsonl
+from helpers import ROOT, run, run_and_kill
 from studies import study
 from studies.study import METHODS, TUNING_SEED
 
@@ -264,6 +264,48 @@ def test_workers_end_with_their_parent():
     while any(is_running(worker) for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+THREE_RUNS = """
+import sys
+from pathlib import Path
+from studies import study
+toy, out = sys.argv[1:]
+study.RUNS, study.RESULTS = Path(out), Path(out) / "study.jsonl"
+study.RUNS.mkdir(exist_ok=True)
+def prepare(seed):
+    return toy
+study.prepare = prepare
+runs = []
+for lr in (1e-4, 2e-4, 3e-4):
+    runs.append({"setting": "balanced", "method": "joint GRPO", "seed": 0, "lr": lr, "steps": 4})
+def missing_runs(results, args):
+    finished = {study.run_key(result) for result in results}
+    return [run for run in runs if study.run_key(run) not in finished]
+study.missing_runs = missing_runs
+study.run_all(study.parse_args(["--workers", "2", "--seeds", "1"]))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_of_a_study_then_the_same_command(toy, tmp_path):
+    """Killed after its first result, and once more in the middle of a line of the results."""
+    toy = str(Path(ROOT, toy).resolve())
+    assert run("-c", THREE_RUNS, toy, tmp_path / "whole").returncode == 0
+    out = tmp_path / "killed"
+    run_and_kill("balanced", "-c", THREE_RUNS, toy, out)
+    assert 1 <= len(read_jsonl(out / "study.jsonl")) < 3
+    with open(out / "study.jsonl", "a") as file:
+        file.write('{"setting": "bal')
+    assert run("-c", THREE_RUNS, toy, out).returncode == 0
+
+    results = []
+    for name in ("whole", "killed"):
+        lines = read_jsonl(tmp_path / name / "study.jsonl", study.RESULT_FIELDS)
+        results.append({line["lr"]: (line["accuracy"], line["moved"]) for line in lines})
+        assert len(lines) == 3
+    assert results[0] == results[1]
+    assert not list((out / "study").iterdir())
 
 
 def test_results_are_read_up_to_a_cut_line(tmp_path, monkeypatch):
