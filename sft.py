@@ -206,4 +206,4 @@ def main(argv: list[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    cli.run_main(main)
+    cli.run_main(main, "the same command begins anew")

@@ -116,6 +116,14 @@ def test_two_resumes_at_once(whole_run, tmp_path):
     assert_same_run(out, whole_run("grpo"))
 
 
+@pytest.mark.parametrize("script", ["grpo.py", "sft.py", "studies/study.py", "studies/bench.py"])
+def test_resume_is_offered_only_where_it_exists(script):
+    """After Ctrl-C, run_main says what the user can do."""
+    text = (ROOT / script).read_text()
+    end = text[text.index('if __name__ == "__main__":') :]
+    assert ("run_main(main)" in end) == (script == "grpo.py")
+
+
 SFT = ("--steps", 40, "--batch-rows", 4, "--max-tokens", 32, "--system-prompt", "", "--seed", 3)
 
 
