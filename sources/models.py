@@ -1,15 +1,18 @@
-"""Turns a model's name into what from_pretrained takes. The toy is built when it is missing."""
+"""Turns a model's name into what from_pretrained takes. What is missing of our own is built."""
 
 from common.models import find_model
+from sources.smollm2 import build_smollm2
 from sources.toy import build_toy
 
 
 def resolve_model(name: str, fetch: bool = False) -> str:
-    """The toy's folder for "toy"; for every other name see common.models.find_model.
+    """The folder of "toy" or "smollm2"; for every other name see common.models.find_model.
 
     With `fetch` the result is always a folder, downloaded from the hub if necessary. Raises
     UserError.
     """
     if name == "toy":
         return build_toy()
+    if name == "smollm2":
+        return build_smollm2()
     return find_model(name, fetch)
