@@ -304,6 +304,7 @@ def train(run: Run, look=None) -> Path:
         shown = samples[:: max(1, len(samples) // 20)]  # about 20 of them
         run.log.write(line, [{"step": step} | sample for sample in shown])
         spent = time.perf_counter() - started
+        reports.print_warnings(run.log.lines)
         print(reports.live_line(line, steps, spent, step - run.steps_done), flush=True)
         if step == steps or step % args.save_every == 0:
             checkpoints.save_checkpoint(run.out, step, policy, tokenizer, run.optimizer, run.state)
@@ -468,7 +469,8 @@ def backward(policy, batch: Batch, args, forward=None) -> dict[str, float]:
         batch = take(batch, moves_the_policy(batch))
     sums = Counter(loss=0.0)
     # A micro-batch is a list of row numbers, with at most --micro-batch-tokens tokens together.
-    for row_numbers in same_count(micro_batches(batch["length"], args.micro_batch_tokens)):
+    pieces = same_count(micro_batches(batch["length"], args.micro_batch_tokens))
+    for row_numbers in reports.shown("update", pieces):
         micro = take(batch, row_numbers, policy.device)  # these rows, cut to the longest of them
         logp_BT, _, mean_h_BH = forward(micro["ids"], micro["mask"])
         micro["mean_h"] = mean_h_BH  # for mcpo.py
@@ -500,7 +502,8 @@ def optimizer_step(policy, optimizer, lr: float, args) -> float:
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-    optimizer.step()
+    if norm:  # with a gradient of 0 the moments alone would move the weights
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     policy.updates += 1  # an engine that still has older weights is found out by this
     return norm
@@ -639,6 +642,7 @@ def rollout(
         args.judge_url,
         args.sandbox_url,
         count_tokens,
+        truncated_B,
     )
 
     # d. The batch for this rank's updates; its columns [B], and samples to read, of all ranks.
@@ -790,7 +794,8 @@ def log_probs(policy, batch: Batch, args):
     entropy_BT = torch.zeros(batch["ids"].shape)
     mean_h_BH = torch.zeros(len(batch["ids"]), policy.width)
     inputs = {name: batch[name] for name in ("ids", "mask", "length")}
-    for row_numbers in same_count(micro_batches(batch["length"], args.micro_batch_tokens)):
+    pieces = same_count(micro_batches(batch["length"], args.micro_batch_tokens))
+    for row_numbers in reports.shown("log-probs", pieces):
         micro = take(inputs, row_numbers, policy.device)
         outputs = policy(micro["ids"], micro["mask"])
         micro_logp_BT, micro_entropy_BT, micro_h_BH = (x.to("cpu", logp_BT.dtype) for x in outputs)

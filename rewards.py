@@ -84,11 +84,14 @@ def score(
     judge_url: str = "",
     sandbox_url: str = "",
     count_tokens=count_words,
+    truncated: list[bool] | None = None,
 ) -> list[Score]:
     """One Score per response; rows[i] is the row that responses[i] answers.
 
-    count_tokens: text → its length, for r_qa. Raises UserError for an unknown scheme, and for a row
-    that no checker can judge (an unknown constraint id; writing without a judge).
+    count_tokens: text → its length, for r_qa. truncated: whether each response was cut at the limit
+    of tokens; then it is invalid, whatever stands in it (None: none was cut). Raises UserError for
+    an unknown scheme, and for a row that no checker can judge (an unknown constraint id; writing
+    without a judge).
     """
     if scheme not in SCHEMES:
         raise UserError(f"--reward-scheme {scheme}: not cgpo, m2rl or lenient")
@@ -98,11 +101,14 @@ def score(
     scores: list[Score | None] = [None] * len(rows)
     answers = {}
     to_judge = defaultdict(list)  # name of a checker → which responses it judges
+    invalid_reward = INVALID if scheme == "cgpo" else 0.0
     for i, (response, row) in enumerate(zip(responses, rows, strict=True)):
+        if truncated and truncated[i]:
+            scores[i] = Score(invalid_reward, False, False, "truncated")
+            continue
         answer, fault = read_answer(response, row, scheme)
         if answer is None:
-            reward = INVALID if scheme == "cgpo" else 0.0
-            scores[i] = Score(reward, False, False, f"format: {fault}")
+            scores[i] = Score(invalid_reward, False, False, f"format: {fault}")
         else:
             answers[i] = answer
             to_judge[checker_of(row)].append(i)

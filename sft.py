@@ -67,8 +67,8 @@ def train(
     limit: int,
     betas=(0.9, 0.98),
     weight_decay: float = 0.0,
-) -> torch.optim.Optimizer:
-    """Train the policy in place for `steps` updates, and print the progress. Returns the optimizer.
+) -> None:
+    """Train the policy in place for `steps` updates, and print the progress.
 
     AdamW with linear warm-up, then linear decay to 0; the gradient's norm is clipped to 1.
     limit: tokens per sequence. Raises UserError if the gradient's norm is not finite.
@@ -102,7 +102,6 @@ def train(
             left = spent / step * (steps - step)
             progress = f"sft step {step:5d}/{steps}  loss {mean_loss:.3f}"
             print(f"  {progress}  {spent:.0f} s, {left:.0f} s left", flush=True)
-    return optimizer
 
 
 def parse_args(argv: list[str] | None = None):
@@ -186,8 +185,8 @@ def main(argv: list[str] | None = None) -> str:
         f"{warmup} to warm up · {out}"
     )
     runs.open_run(args, "sft")
-    checkpoints.check_saving(out, policy, tokenizer)
-    optimizer = train(
+    checkpoints.check_saving(out, policy, tokenizer, optim="")
+    train(
         policy,
         tokenizer,
         rows,
@@ -200,7 +199,11 @@ def main(argv: list[str] | None = None) -> str:
         limit=limit,
         weight_decay=args.weight_decay,
     )
-    checkpoints.save_checkpoint(out, steps, policy, tokenizer, optimizer, {})
+
+    def write(folder):  # nothing resumes this run, so its optimizer is not kept
+        checkpoints.save_model(folder, policy.model, tokenizer, policy.model.named_parameters())
+
+    checkpoints.save_folder(out / "checkpoint", f"{steps:06d}", write)
     print(f"model {out / 'checkpoint'}")
     return str(out / "checkpoint")
 

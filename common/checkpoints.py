@@ -173,7 +173,8 @@ def check_saving(out: Path, policy, tokenizer, optim: str = "adamw") -> None:
 
     Everything but the weights is written into a folder of its own, as a checkpoint is, and deleted.
     The disk must have room for two checkpoints, because the older one is deleted when the newer one
-    is complete. Every rank calls this. optim: as the flag --optim.
+    is complete. Every rank calls this. optim: as the flag --optim; "" if the checkpoint will hold
+    no optimizer.
     """
 
     def write(folder: Path):
@@ -187,10 +188,12 @@ def check_saving(out: Path, policy, tokenizer, optim: str = "adamw") -> None:
         if ranks.is_first():
             trial.unlink(missing_ok=True)
             shutil.rmtree(f"{trial}-0", ignore_errors=True)
-    moment_bytes = 2 if optim == "adamw8bit" else 8  # per parameter, Adam's two moments
+    moment_bytes = {"adamw": 8, "adamw8bit": 2, "": 0}[optim]  # per parameter, Adam's two
     size = sum(parameter.numel() for parameter in policy.parameters()) * (4 + moment_bytes)
     needed = 1 if (out / "checkpoint").exists() else 2  # checkpoints that must find room
     free = shutil.disk_usage(out).free
+    if size > 2**27 and ranks.is_first():
+        print(f"a checkpoint takes {size / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free")
     if free < needed * size:
         raise UserError(
             f"{out}: its disk has {free / 2**30:.1f} GiB free, and {needed} × {size / 2**30:.1f} "

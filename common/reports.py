@@ -1,7 +1,9 @@
 """What a run reports: metrics per step, the lines it prints, the closing table, the curves."""
 
 import math
+import re
 import resource
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -28,6 +30,7 @@ def domain_metrics(columns: dict) -> dict[str, float]:
 
     reward, accuracy    means over the scored responses
     invalid, truncated  shares of the responses
+    length              mean number of tokens per response
     zero_variance       share of the groups whose rewards are all equal
     verifier_errors     number of responses without a verdict (their reward is NaN)
     prompts             number of groups
@@ -49,6 +52,7 @@ def domain_metrics(columns: dict) -> dict[str, float]:
             "accuracy": columns["correct"][row_B][scored_B].double().mean(),
             "invalid": (~columns["valid"][row_B]).double().mean(),
             "truncated": columns["truncated"][row_B].double().mean(),
+            "length": columns["tokens"][row_B].double().mean(),
             "zero_variance": all_equal / len(groups),
             "verifier_errors": int((~scored_B).sum()),
             "prompts": len(groups),
@@ -173,7 +177,96 @@ def unknown_text(unknown: dict[str, int], responses: int) -> str | None:
     )
 
 
+# ---------------- what goes wrong in a run ----------------
+
+EQUAL_STEPS = 5  # so many steps without any difference between a domain's rewards
+
+
+def print_warnings(lines: list[dict]) -> None:
+    """Print what is wrong since the last of these steps, and was not wrong before it."""
+    known = warnings(lines[:-1])
+    for name, text in warnings(lines).items():
+        if name not in known:
+            print(f"warning: {text}", flush=True)
+
+
+def warnings(lines: list[dict]) -> dict[str, str]:
+    """{name of a fault: a line that says what it is and what to do}, after the last of the steps.
+
+    lines: the run's metrics, an object per step.
+    """
+    steps = [line for line in lines if by_domain(line, "prompts")]
+    if not steps:
+        return {}
+    last, found = steps[-1], {}
+    for domain in by_domain(last, "prompts"):
+        recent = [line for line in steps if f"prompts/{domain}" in line][-EQUAL_STEPS:]
+        equal = [line.get(f"zero_variance/{domain}") == 1 for line in recent]
+        if len(recent) == EQUAL_STEPS and all(equal):
+            found[f"equal {domain}"] = (
+                f"{domain}: in {EQUAL_STEPS} steps no group had two different rewards, so nothing "
+                f"is learned: {way_out(last, domain)}"
+            )
+    truncated = mean_over_prompts(last, "truncated")
+    if truncated > 0.5:
+        found["truncated"] = (
+            f"{truncated:.0%} of the responses were cut at --max-new-tokens, and are wrong for "
+            "it: raise it, or ask for shorter answers"
+        )
+    first_length, length = mean_over_prompts(steps[0], "length"), mean_over_prompts(last, "length")
+    for word, is_so in (("grew", length > 3 * first_length), ("shrank", 3 * length < first_length)):
+        if is_so:
+            found[f"length {word}"] = (
+                f"responses {word} from {first_length:.0f} to {length:.0f} tokens: read "
+                "samples.jsonl for what the rewards pay for"
+            )
+    return found
+
+
+def way_out(line: dict, domain: str) -> str:
+    """What to do about a domain whose rewards are all equal. line: its last step's metrics."""
+    if line.get(f"truncated/{domain}", 0) > 0.5:
+        return "raise --max-new-tokens, because most responses are cut"
+    if line.get(f"invalid/{domain}", 0) > 0.5:
+        return "warm the model up to the format (sft.py), or take --reward-scheme lenient"
+    if line.get(f"accuracy/{domain}", 0) > 0.5:
+        return "its prompts are too easy"
+    return "its prompts are too hard, or the model needs a warm start (sft.py)"
+
+
+def mean_over_prompts(line: dict, name: str) -> float:
+    """A metric's mean over a step's responses, from its values by domain; 0 without any."""
+    prompts = by_domain(line, "prompts")
+    total = sum(prompts.values())
+    return sum(prompts[domain] * value / total for domain, value in by_domain(line, name).items())
+
+
 # ---------------- what a run prints ----------------
+
+SECONDS_OF_SILENCE = 20  # a loop that takes longer says how far it is
+SMALL_SHARE = 0.05  # of truncated or invalid responses: not worth a word
+
+
+def shown(label: str, items):
+    """Yield the items of a sequence. In a slow loop, a line now and then says how far it is."""
+    started = printed = time.perf_counter()
+    for number, item in enumerate(items):
+        now = time.perf_counter()
+        if now - printed > SECONDS_OF_SILENCE and ranks.is_first():
+            printed = now
+            left = (now - started) / number * (len(items) - number)
+            print(f"  {label} {number} of {len(items)}, at most {left:.0f} s left", flush=True)
+        yield item
+
+
+def has_bfloat16_units() -> bool:
+    """Has this CPU instructions for bfloat16? True if the machine does not tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+    flags = set(re.findall(r"[\w.]+", text))
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}) or "flags" not in flags
 
 
 def opening(algorithm: str, run, engine: str, mix: dict[str, float], prompts: int) -> str:
@@ -198,13 +291,17 @@ def opening(algorithm: str, run, engine: str, mix: dict[str, float], prompts: in
         f"{len(run.eval_rows)} held-out prompts",
         f"mix {shares}",
     ]
+    if policy.bf16 and policy.device.type == "cpu" and not has_bfloat16_units():
+        lines.insert(1, "warning: this CPU has no bfloat16 units: --dtype float32 is faster")
     if run.steps_done:
         lines[-1] += f"; resumed after step {run.steps_done}"
     return "\n".join(lines)
 
 
 def live_line(line: dict, steps: int, seconds: float, steps_taken: int) -> str:
-    """One step in one line: mean reward over domains, accuracies, sampler speed, time left.
+    """One step in one line: mean reward over domains, accuracies, length, speed, time left.
+
+    The shares of truncated and invalid responses are there if they are not small.
 
     line: the step's metrics. seconds: how long the last `steps_taken` steps took.
     """
@@ -212,9 +309,16 @@ def live_line(line: dict, steps: int, seconds: float, steps_taken: int) -> str:
     mean = np.mean(list(rewards.values())) if rewards else math.nan  # nan: no response was scored
     accuracy = by_domain(line, "accuracy")
     accuracies = " ".join(f"{domain} {value:.2f}" for domain, value in accuracy.items())
+    shares = ""
+    for name in ("truncated", "invalid"):
+        share = mean_over_prompts(line, name)
+        if share > SMALL_SHARE:
+            shares += f"  {name} {share:.0%}"
+    length = mean_over_prompts(line, "length")
     seconds_left = int(seconds / steps_taken * (steps - line["step"]))
     return (
         f"step {line['step']:4d}/{steps}  reward {mean:+.2f}  {accuracies}  "
+        f"{length:.0f} tokens{shares}  "
         f"{line['tokens_per_s']:,.0f} tok/s  {seconds_left // 60}:{seconds_left % 60:02d} left"
     )
 

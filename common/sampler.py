@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from common.errors import UserError
+from common.reports import shown
 
 
 def sample(logits_BV, uniform_B, temperature: float, top_p: float = 1.0):
@@ -68,7 +69,7 @@ def generate(
         mask_BW = mask_PW.repeat_interleave(group_size, 0)
         row_B = torch.arange(B, device=device)  # the response that each row of the cache holds
         alive_B = torch.ones(B, dtype=torch.bool, device=device)
-        for t in range(T):
+        for t in shown("sampling, tokens", range(T)):
             logits_BV = logits_BV[:, : policy.vocab]
             token_B, token_logp_B = sample(logits_BV, uniform_BT[row_B, t], temperature, top_p)
             tokens_BT[row_B[alive_B], t] = token_B[alive_B]

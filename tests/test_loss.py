@@ -81,7 +81,7 @@ def test_models_with_another_head_are_refused(tmp_path):
     torch.manual_seed(0)
     GraniteForCausalLM(config).save_pretrained(tmp_path)
     toy_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="soft-capped or scaled"):
+    with pytest.raises(UserError, match="not its output head times its last hidden state"):
         grpo.load_policy(str(tmp_path), "float32")
 
 

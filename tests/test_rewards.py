@@ -1030,3 +1030,15 @@ def test_workers_start_in_any_directory_and_leave_nothing_behind(tmp_path, monke
     assert any("checkers.workers" in command for command in child_commands())
     workers.close_workers()
     assert not any("checkers.workers" in command for command in child_commands())
+
+
+# ---------------- truncated responses ----------------
+
+
+@pytest.mark.parametrize("scheme, worth", [("cgpo", -1.0), ("m2rl", 0.0), ("lenient", 0.0)])
+def test_a_truncated_response_is_never_right(scheme, worth):
+    row = {"id": "x", "domain": "math", "prompt": "1+1=", "answer": "2"}
+    response = "<think>sum</think><answer>2</answer>"
+    whole, cut = rewards.score([response] * 2, [row] * 2, scheme, truncated=[False, True])
+    assert whole.correct and whole.reward == 1
+    assert cut == rewards.Score(worth, False, False, "truncated")

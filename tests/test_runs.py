@@ -15,7 +15,7 @@ import famo
 import grpo
 import pcgrad
 import sft
-from common import sampler
+from common import reports, sampler
 from common.errors import UserError
 from common.files import write_jsonl
 from conftest import tiny_model
@@ -306,3 +306,58 @@ def test_every_function_does_work_in_a_plain_run(toy, tmp_path):
             methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
             defined |= {f"Policy.{method.name}" for method in methods}
     assert defined - entered == set()
+
+
+# ---------------- what goes wrong in a run ----------------
+
+
+def step_line(step, **changes) -> dict:
+    """A step's metrics: 8 prompts of math, 4 of code."""
+    line = {"step": step}
+    values = {"prompts": (8, 4), "accuracy": (0.5, 0.5), "reward": (0.0, 0.0), "length": (30, 60)}
+    values |= {"truncated": (0.0, 0.0), "invalid": (0.0, 0.0), "zero_variance": (0.5, 0.5)}
+    for name, pair in (values | changes).items():
+        line[f"{name}/math"], line[f"{name}/code"] = pair
+    return line
+
+
+FAULTS = [
+    ({"zero_variance": (0.5, 1.0), "invalid": (0, 1)}, "equal code", "warm the model up"),
+    ({"zero_variance": (0.5, 1.0), "truncated": (0, 1)}, "equal code", "raise --max-new-tokens"),
+    ({"zero_variance": (1.0, 0.5), "accuracy": (1, 0.5)}, "equal math", "too easy"),
+    ({"zero_variance": (1.0, 0.5), "accuracy": (0, 0.5)}, "equal math", "too hard"),
+    ({"truncated": (0.8, 0.1)}, "truncated", "57% of the responses were cut"),
+    ({"length": (200, 60)}, "length grew", "from 40 to 153 tokens"),
+    ({"length": (3, 15)}, "length shrank", "from 40 to 7 tokens"),
+]
+
+
+@pytest.mark.parametrize("changes, name, words", FAULTS)
+def test_what_goes_wrong_is_told_once(changes, name, words, capsys):
+    lines = [{"step": 0, "eval/greedy/math": 0.1}, step_line(1)]
+    assert reports.warnings(lines) == {}
+    lines += [step_line(2 + i, **changes) for i in range(reports.EQUAL_STEPS)]
+    assert words in reports.warnings(lines)[name]
+    for stop in range(2, len(lines) + 1):
+        reports.print_warnings(lines[:stop])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if words in line] == printed
+    assert len(printed) == 1
+
+
+def test_the_live_line_tells_of_lengths_and_of_shares_that_are_not_small():
+    calm = step_line(1) | {"tokens_per_s": 100.0}
+    text = reports.live_line(calm, 10, 1.0, 1)
+    assert "40 tokens  100 tok/s" in text
+    cut = step_line(1, truncated=(0.5, 0.0), invalid=(0.5, 0.5)) | {"tokens_per_s": 100.0}
+    assert "40 tokens  truncated 33%  invalid 50%  100" in reports.live_line(cut, 10, 1.0, 1)
+
+
+def test_a_slow_loop_says_how_far_it_is(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 15))  # 15 seconds per look
+    monkeypatch.setattr(reports.time, "perf_counter", lambda: next(clock))
+    assert list(reports.shown("update", ["a", "b", "c", "d"])) == ["a", "b", "c", "d"]
+    assert capsys.readouterr().out.splitlines() == [
+        "  update 1 of 4, at most 90 s left",
+        "  update 3 of 4, at most 20 s left",
+    ]
