@@ -8,6 +8,7 @@ job is a dict of plain JSON.
 import ast
 import collections
 import functools
+import json
 import re
 import sys
 import types
@@ -46,14 +47,20 @@ def import_reasoning_gym():
 
 
 @functools.cache
-def gym_dataset(task: str, size: int, seed: int):
-    """The dataset of these arguments; it is made only once."""
-    return import_reasoning_gym().create_dataset(task, size=size, seed=seed)
+def made_gym_dataset(task: str, size: int, seed: int, settings: str):
+    """The dataset of these arguments; it is made only once. settings: as JSON."""
+    return import_reasoning_gym().create_dataset(task, size=size, seed=seed, **json.loads(settings))
+
+
+def gym_dataset(job: dict):
+    """The dataset of {"task", "size", "seed"} and, perhaps, the task's "settings"."""
+    settings = json.dumps(job.get("settings", {}), sort_keys=True)
+    return made_gym_dataset(job["task"], job["size"], job["seed"], settings)
 
 
 def gym_entry_exists(job: dict) -> bool:
     """Can row "index" of {"task", "size", "seed"} be made? Raises what reasoning-gym raises."""
-    return bool(gym_dataset(job["task"], job["size"], job["seed"])[job["index"]])
+    return bool(gym_dataset(job)[job["index"]])
 
 
 def gym_right(job: dict) -> bool:
@@ -61,7 +68,7 @@ def gym_right(job: dict) -> bool:
 
     Partial credit, anything under 1, is wrong.
     """
-    dataset = gym_dataset(job["task"], job["size"], job["seed"])
+    dataset = gym_dataset(job)
     return dataset.score_answer(job["answer"], dataset[job["index"]]) >= 1.0
 
 

@@ -86,7 +86,8 @@ def check_gym(row: dict) -> str | None:
         return None
     gym = row["gym"]
     if isinstance(gym, dict) and isinstance(gym.get("task"), str):
-        if all(isinstance(gym.get(name), int) for name in ("size", "seed", "index")):
+        numbers = all(isinstance(gym.get(name), int) for name in ("size", "seed", "index"))
+        if numbers and isinstance(gym.get("settings", {}), dict):
             return None
     return 'field "gym" needs "task", and the numbers "size", "seed" and "index"'
 

@@ -4,7 +4,8 @@ rows.jsonl, folder/         a file, or all .jsonl files of a folder, also as .js
                             (common/rows.py has the schema)
 toy                         the toy's five domains
 humaneval                   OpenAI's HumanEval
-gym:<task>[,<task>…]        generated tasks of reasoning-gym
+gym:<task>[,<task>…]        generated tasks of reasoning-gym; a task may have settings, as in
+                            gym:chain_sum:min_terms=2,max_terms=2,syllogism
 cgpo, m2rl                  the papers' mixtures of public data sets
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.rows import DOMAINS, read_rows, stem_of
-from sources.packaged import gym_rows, humaneval_rows
+from sources.packaged import gym_rows, humaneval_rows, split_tasks
 from sources.recipes import published_rows
 from sources.toy import toy_rows
 
@@ -47,8 +48,7 @@ def source_rows(source: str, domains: list[str] | None, seed: int) -> list[dict]
     if source == "humaneval":
         return humaneval_rows()
     if source.startswith("gym:"):
-        tasks = source.removeprefix("gym:").split(",")
-        return gym_rows(tasks, seed)
+        return gym_rows(split_tasks(source.removeprefix("gym:")), seed)
     if source in ("cgpo", "m2rl"):
         rows = []
         for domain in domains or DOMAINS:

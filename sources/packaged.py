@@ -51,8 +51,34 @@ def humaneval_row(problem: dict) -> dict:
     }
 
 
+def split_tasks(text: str) -> list[str]:
+    """The tasks of "chain_sum:min_terms=2,max_terms=3,syllogism", each with its settings."""
+    tasks = []
+    for part in text.split(","):
+        if "=" in part and ":" not in part and tasks:
+            tasks[-1] += f",{part}"  # a further setting of the same task
+        else:
+            tasks.append(part)
+    return tasks
+
+
+def task_and_settings(text: str) -> tuple[str, dict]:
+    """("chain_sum", {"min_terms": 2}) of "chain_sum:min_terms=2". Raises UserError."""
+    task, _, pairs = text.partition(":")
+    settings = {}
+    for pair in pairs.split(",") if pairs else []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"gym:{text}: write the settings as {task}:name=value,name=value")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return task, settings
+
+
 def gym_domains(tasks: list[str]) -> dict[str, str]:
-    """{task of reasoning-gym: its domain}.
+    """{task of reasoning-gym, with or without settings: its domain}.
 
     Raises UserError for an unknown task, or if reasoning-gym is not installed.
     """
@@ -60,7 +86,8 @@ def gym_domains(tasks: list[str]) -> dict[str, str]:
     from reasoning_gym.factory import DATASETS
 
     domains = {}
-    for task in tasks:
+    for text in tasks:
+        task, _ = task_and_settings(text)
         if task not in DATASETS:
             similar = difflib.get_close_matches(task, DATASETS) or sorted(DATASETS)[:20]
             raise UserError(
@@ -69,29 +96,38 @@ def gym_domains(tasks: list[str]) -> dict[str, str]:
             )
         # its class is in the module reasoning_gym.<category>.<task>
         category = DATASETS[task][0].__module__.split(".")[1]
-        domains[task] = GYM_DOMAINS.get(category, "science")
+        domains[text] = GYM_DOMAINS.get(category, "science")
     return domains
 
 
 def gym_rows(tasks: list[str], seed: int, size: int = 500) -> list[dict]:
     """`size` generated rows per task of reasoning-gym, whose own checker scores the responses.
 
-    Raises UserError for an unknown task, or if reasoning-gym is not installed.
+    A task may have settings: "chain_sum:min_terms=2,max_terms=2". Raises UserError for an unknown
+    task or setting, or if reasoning-gym is not installed.
     """
     domains = gym_domains(tasks)
     import reasoning_gym
 
     rows = []
-    for task in tasks:
-        with contextlib.redirect_stdout(io.StringIO()):  # some generators print
-            entries = list(reasoning_gym.create_dataset(task, size=size, seed=seed))
+    for text in tasks:
+        task, settings = task_and_settings(text)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # some generators print
+                dataset = reasoning_gym.create_dataset(task, size=size, seed=seed, **settings)
+                entries = list(dataset)
+        except Exception as error:  # each task checks its settings in its own way
+            raise UserError(f"gym:{text}: reasoning-gym refuses it: {error}") from error
+        gym = {"task": task, "size": size, "seed": seed}
+        if settings:
+            gym["settings"] = settings
         for index, entry in enumerate(entries):
             row = {
-                "id": f"gym/{task}/{seed}/{index}",
-                "domain": domains[task],
+                "id": f"gym/{text}/{seed}/{index}",
+                "domain": domains[text],
                 "prompt": entry["question"],
                 "answer": str(entry["answer"]),
-                "gym": {"task": task, "size": size, "seed": seed, "index": index},
+                "gym": {**gym, "index": index},
             }
             rows.append(row)
     return rows

@@ -17,7 +17,7 @@ import sft
 from common.errors import UserError
 from common.rows import check_row
 from sources.load import load_rows
-from sources.packaged import gym_rows, humaneval_rows
+from sources.packaged import gym_rows, humaneval_rows, split_tasks
 from sources.toy import demonstrations, toy_rows, toy_tokenizer
 
 GOOD = {"domain": "math", "prompt": "1+1", "answer": "2"}
@@ -373,6 +373,48 @@ def test_long_prompts_are_dropped_and_counted(capsys):
     assert message in capsys.readouterr().out
     with pytest.raises(UserError, match="--max-prompt-tokens 4"):
         encoded_texts(PROMPT_ROWS, tokenizer, "", limit=4)
+
+
+SETTINGS = {
+    "chain_sum": ["chain_sum"],
+    "chain_sum,syllogism": ["chain_sum", "syllogism"],
+    "chain_sum:min_terms=2,max_terms=3,syllogism": [
+        "chain_sum:min_terms=2,max_terms=3",
+        "syllogism",
+    ],
+    "gcd:max_value=9,lcm:max_value=8": ["gcd:max_value=9", "lcm:max_value=8"],
+}
+
+
+@pytest.mark.parametrize("text", SETTINGS)
+def test_tasks_with_settings(text):
+    assert split_tasks(text) == SETTINGS[text]
+
+
+def test_settings_make_a_task_as_hard_as_they_say():
+    source = "gym:chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1"
+    rows = load_rows([source])[:20]
+    for row in rows:
+        assert len(re.findall(r"\d+", row["prompt"])) == 2, row["prompt"]
+        check_row(row, "row")
+    responses = [f"<think>sum</think><answer>{row['answer']}</answer>" for row in rows]
+    assert all(score.correct for score in rewards.score(responses, rows))
+    wrong = [response.replace("</answer>", "1</answer>") for response in responses]
+    assert not any(score.correct for score in rewards.score(wrong, rows))
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("gym:chain_sum:min_terms", "write the settings as chain_sum:name=value"),
+        ("gym:chain_sum:terms=2", "reasoning-gym refuses it"),
+        ("gym:chain_sum:min_terms=5,max_terms=2", "reasoning-gym refuses it"),
+    ],
+)
+def test_wrong_settings_are_one_line(source, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_rows([source])
+    assert "\n" not in str(caught.value)
 
 
 # ---------------- batches ----------------
