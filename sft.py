@@ -5,11 +5,13 @@ A row (common/rows.py) needs a "response". The token that ends the response is t
     python sft.py --model Qwen2.5-0.5B --data demonstrations.jsonl --steps 500
     python sft.py --model Qwen3-4B-Base --data blend.jsonl --lr 5e-5 --weight-decay 0.1 \\
         --warmup-share 0.1 --batch-rows 512 --max-tokens 32768    # the M2RL paper's, one epoch
+    python sft.py --model smollm2 --format-warmup --out runs/warm    # teaches the format alone
     python sft.py --model toy     # builds the toy, which every script does when it is missing
 
 Suffixes: B sequences, T tokens.
 """
 
+import math
 import os
 import re
 import time
@@ -17,8 +19,9 @@ import time
 import torch
 
 import data
-from common import checkpoints, cli, ranks, runs
+from common import checkpoints, cli, ranks, runs, sampler
 from common.errors import UserError
+from common.keys import rng
 from common.models import context_of
 from data import micro_batches, take
 from grpo import load_policy
@@ -104,10 +107,77 @@ def train(
             print(f"  {progress}  {spent:.0f} s, {left:.0f} s left", flush=True)
 
 
+# ---------------- the warm start: rows in the format ----------------
+
+WARM_UP = {"steps": 12, "batch_rows": 8, "lr": 5e-5, "warmup_steps": 3, "max_tokens": 512}
+THOUGHT = "I read the request and answer it."
+OWN_ANSWER_TOKENS = 64  # of an answer that the model gives itself
+
+
+def format_rows(args, tokenizer, policy) -> list[dict]:
+    """Rows of --data with a "response" in the format: <think>…</think><answer>…</answer>.
+
+    The answer is the row's reference: its "answer", or its "solution" as a block of code. A row
+    that has neither gets the model's own greedy answer to the bare prompt, right or wrong: what is
+    taught is the format. A quarter of each domain's prompts is left out, among them all that a run
+    may hold out for evaluation.
+    """
+    training, _ = data.hold_out(load_rows(args.data), per_domain=10**9)
+    training = data.select_domains(training, args.domains)
+    domains = data.domain_mix(training, "equal")
+    count = math.ceil(args.steps * args.batch_rows / len(domains))  # rows per domain
+    chosen = []
+    for domain in domains:
+        rows = data.select_domains(training, [domain])
+        order = rng(args.seed, "format warm-up", domain).permutation(len(rows))[:count]
+        chosen += [rows[i] for i in order]
+    without = [row for row in chosen if not reference_answer(row)]
+    own = own_answers(without, tokenizer, policy) if without else {}
+    print(
+        f"format warm-up: {len(chosen)} rows of {', '.join(domains)}; {len(without)} answers are "
+        "the model's own"
+    )
+    warm = []
+    for row in chosen:
+        answer = reference_answer(row) or own[row["id"]]
+        response = f"<think>{THOUGHT}</think><answer>{answer}</answer>"
+        warm.append({**row, "response": response})
+    return warm
+
+
+def reference_answer(row: dict) -> str:
+    """What the row itself holds as an answer; "" if it holds none."""
+    if row["domain"] in ("math", "science"):
+        return row.get("answer", "")
+    if "solution" in row:
+        return f"\n```python\n{row['solution'].strip()}\n```\n"
+    return ""
+
+
+def own_answers(rows: list[dict], tokenizer, policy) -> dict[str, str]:
+    """{row's id: the model's greedy answer to the row's prompt}, without a system prompt."""
+    encoded = data.encode_prompts(rows, tokenizer, "", limit=1 << 30)
+    uniform_BT = torch.zeros(len(encoded), OWN_ANSWER_TOKENS, dtype=torch.float64)
+    prompts = [row["ids"] for row in encoded]
+    responses = sampler.generate(policy, prompts, uniform_BT, temperature=0)
+    texts = data.response_texts(encoded, [tokens for tokens, _, _ in responses], tokenizer)
+    answers = {}
+    for row, text, (_, _, truncated) in zip(encoded, texts, responses):
+        if truncated:  # a text that stops in the middle of a sentence teaches to stop there
+            text = re.sub(r"[^.!?]*$", "", text) or text
+        text = text.rpartition("</think>")[2]  # of a model that has the format already
+        answers[row["id"]] = re.sub(r"</?(?:think|answer)>", "", text).strip()
+    return answers
+
+
+# ---------------- the command ----------------
+
+
 def parse_args(argv: list[str] | None = None):
     """The flags, checked. A wrong flag ends in parser.error."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
+    warm_up = " ".join(f"--{name.replace('_', '-')} {x:g}" for name, x in WARM_UP.items())
     add("--steps", type=cli.natural, default=0, help="number of updates; 0: one epoch")
     add("--batch-rows", type=cli.positive_int, default=64, help="rows per update")
     add(
@@ -116,7 +186,19 @@ def parse_args(argv: list[str] | None = None):
         default=4096,
         help="prompt and response together are cut after this many tokens",
     )
-    add("--data", nargs="+", default=[], help='.jsonl files of rows with a "response", or folders')
+    add(
+        "--data",
+        nargs="+",
+        default=[],
+        help='.jsonl files of rows with a "response", or folders; with --format-warmup, what a '
+        "training takes as --data (default for smollm2: real)",
+    )
+    add(
+        "--format-warmup",
+        action="store_true",
+        help="teach only the format <think>…</think><answer>…</answer>, by the prompts of --data "
+        f"and their reference answers; its defaults: {warm_up}",
+    )
     add(
         "--warmup-share",
         type=cli.fraction,
@@ -126,6 +208,7 @@ def parse_args(argv: list[str] | None = None):
     cli.add_flags(
         parser,
         "--model",
+        "--domains",
         "--system-prompt",
         "--max-prompt-tokens",
         "--lr",
@@ -139,6 +222,11 @@ def parse_args(argv: list[str] | None = None):
         warmup_steps=30,
     )
     args = parser.parse_args(argv)
+    if args.format_warmup:  # parse again, so that flags that were given still win
+        parser.set_defaults(**WARM_UP)
+        args = parser.parse_args(argv)
+        if args.model == "smollm2" and not args.data:
+            args.data = ["real"]
     if args.model != "toy" and not args.data:
         parser.error(f"--model {args.model} needs --data")
     if args.model == "toy" and (args.data or args.steps or args.out):
@@ -150,9 +238,12 @@ def parse_args(argv: list[str] | None = None):
     return args
 
 
-def encode_rows(args, tokenizer, limit: int) -> list[dict]:
-    """The rows of --data with their prompts' tokens. Raises UserError."""
-    rows = load_rows(args.data)
+def encode_rows(args, tokenizer, policy, limit: int) -> list[dict]:
+    """The rows to train on with their prompts' tokens. Raises UserError."""
+    if args.format_warmup:
+        rows = format_rows(args, tokenizer, policy)
+    else:
+        rows = load_rows(args.data, args.domains)
     for row in rows:
         if not isinstance(row.get("response"), str):
             raise UserError(f'row {row["id"]}: field "response" is missing (sft.py trains on it)')
@@ -176,7 +267,7 @@ def main(argv: list[str] | None = None) -> str:
     policy.to(policy.device)
     context, _ = context_of(policy.model.config)
     limit = min(args.max_tokens, context)
-    rows = encode_rows(args, tokenizer, limit)
+    rows = encode_rows(args, tokenizer, policy, limit)
     data.check_ids(rows, policy.vocab)
     steps = args.steps or max(1, len(rows) // args.batch_rows)
     warmup = round(args.warmup_share * steps) or args.warmup_steps

@@ -206,7 +206,7 @@ def run_main(main, advice: str = "--resume continues from the last checkpoint") 
 # ---------------- the flags that more than one script has ----------------
 
 ROW_SOURCES = (  # sources/load.py reads them
-    ".jsonl files, folders of them, toy, humaneval, gym:<task>[,<task>…], cgpo, m2rl"
+    ".jsonl files, folders of them, toy, real, humaneval, gym:<task>[,<task>…], cgpo, m2rl"
 )
 SYSTEM_PROMPT = (
     "Reason first, inside <think> and </think>. Then give only the final answer, inside <answer> "

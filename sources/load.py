@@ -3,6 +3,7 @@
 rows.jsonl, folder/         a file, or all .jsonl files of a folder, also as .jsonl.gz
                             (common/rows.py has the schema)
 toy                         the toy's five domains
+real                        four domains for a real model of the smallest size (sources/real.py)
 humaneval                   OpenAI's HumanEval
 gym:<task>[,<task>…]        generated tasks of reasoning-gym; a task may have settings, as in
                             gym:chain_sum:min_terms=2,max_terms=2,syllogism
@@ -14,11 +15,18 @@ from pathlib import Path
 from common.errors import UserError
 from common.rows import DOMAINS, read_rows, stem_of
 from sources.packaged import gym_rows, humaneval_rows, split_tasks
+from sources.real import real_rows
 from sources.recipes import published_rows
 from sources.toy import toy_rows
 
 
-NAMES = ("toy", "humaneval", "cgpo", "m2rl")  # these mean the source, also beside such a folder
+NAMES = (
+    "toy",
+    "real",
+    "humaneval",
+    "cgpo",
+    "m2rl",
+)  # these mean the source, also beside such a folder
 
 
 def load_rows(sources: list[str], domains: list[str] | None = None, seed: int = 0) -> list[dict]:
@@ -45,6 +53,8 @@ def source_rows(source: str, domains: list[str] | None, seed: int) -> list[dict]
     """The rows of a source that is no file. Only a mixture (cgpo, m2rl) leaves out domains here."""
     if source == "toy":
         return toy_rows()
+    if source == "real":
+        return real_rows()
     if source == "humaneval":
         return humaneval_rows()
     if source.startswith("gym:"):
@@ -56,7 +66,7 @@ def source_rows(source: str, domains: list[str] | None, seed: int) -> list[dict]
         return rows
     raise UserError(
         f"--data {source}: no such file or folder, "
-        "nor one of toy, humaneval, gym:<task>, cgpo, m2rl"
+        "nor one of toy, real, humaneval, gym:<task>, cgpo, m2rl"
     )
 
 

@@ -39,6 +39,7 @@ ROOT_FILES = {
     "merge.py",
     "requirements.txt",
     "requirements-cpu.txt",
+    "requirements-real.txt",
     "pytest.ini",
     "ruff.toml",
 }

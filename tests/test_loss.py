@@ -525,3 +525,16 @@ def test_a_rank_without_rows_adds_nothing_and_does_not_stop_the_others(architect
     _, _, mean_h_BH = policy(empty["ids"], empty["mask"])
     mean_h_BH.sum().backward()  # a loss on mean_h has no NaN in it either
     assert not gradients(policy).any()
+
+
+def test_a_gradient_of_0_moves_nothing():
+    """Adam's momentum alone would."""
+    policy = make_policy()
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-3)
+    for scale in (1.0, 0.0):
+        for parameter in policy.parameters():
+            parameter.grad = torch.full_like(parameter, scale)
+        before = [parameter.detach().clone() for parameter in policy.parameters()]
+        grpo.optimizer_step(policy, optimizer, 1e-3, flags())
+        same = [torch.equal(*pair) for pair in zip(before, policy.parameters())]
+        assert all(same) == (scale == 0)

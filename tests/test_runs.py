@@ -3,6 +3,7 @@
 import ast
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cgpo
+import data
 import famo
 import grpo
 import pcgrad
+import rewards
 import sft
 from common import reports, sampler
 from common.errors import UserError
 from common.files import write_jsonl
 from conftest import tiny_model
 from helpers import ALGORITHMS, mean_accuracy, metrics, read_samples, strings
-from sources.toy import toy_tokenizer
+from sources.toy import toy_rows, toy_tokenizer
 
 SOME_SLOW = [
     *("grpo", "cgpo"),
@@ -361,3 +364,31 @@ def test_a_slow_loop_says_how_far_it_is(monkeypatch, capsys):
         "  update 1 of 4, at most 90 s left",
         "  update 3 of 4, at most 20 s left",
     ]
+
+
+# ---------------- the format warm-up ----------------
+
+
+def test_the_format_warm_up_teaches_the_format_by_prompts_that_no_run_holds_out(toy, capsys):
+    flags = ["--model", str(toy), "--format-warmup", "--data", "toy", "--system-prompt", ""]
+    args = sft.parse_args(
+        [*flags, "--steps", "4", "--batch-rows", "5", "--domains", "math", "code"]
+    )
+    tokenizer, policy = grpo.load_policy(str(toy), "float32")
+    rows = sft.format_rows(args, tokenizer, policy)
+    assert Counter(row["domain"] for row in rows) == {"math": 10, "code": 10}
+    held_out = {row["prompt"] for row in data.hold_out(toy_rows(), 10**9)[1]}
+    assert not held_out & {row["prompt"] for row in rows}
+    for row in rows:
+        answer, fault = rewards.extract_answer(row["response"])
+        assert not fault
+        if row["domain"] == "math":
+            assert answer == row["answer"]
+    assert "10 answers are the model's own" in capsys.readouterr().out
+    assert args.lr == sft.WARM_UP["lr"]
+
+
+def test_a_reference_program_is_put_into_a_block_of_code():
+    row = {"domain": "code", "solution": "def f(x):\n    return x\n"}
+    assert sft.reference_answer(row) == "\n```python\ndef f(x):\n    return x\n```\n"
+    assert sft.reference_answer({"domain": "if"}) == ""

@@ -1,0 +1,375 @@
+"""Prompts for a real language model of 135 M parameters: four domains, offline, graded.
+
+    python grpo.py --model smollm2 --data real
+
+    math     one sum, or a story of one or two steps; the answer is a whole number
+    code     "Write a Python function …", of a line or two; tests call the function
+    science  three options and one right letter: what a word is, which is larger, opposites
+    if       an everyday request with two of IFEval's constraints, which no single word meets
+
+A row's "level" says how hard it is meant to be, from 1. All is a pure function of this file: the
+texts are our own, and there is no seed.
+"""
+
+import functools
+import itertools
+
+from common.keys import rng
+
+ROWS_PER_DOMAIN = 480
+
+
+@functools.cache
+def real_rows() -> list[dict]:
+    """Every row, domain by domain."""
+    rows = []
+    for domain, make in (
+        ("math", math_rows),
+        ("code", code_rows),
+        ("science", science_rows),
+        ("if", if_rows),
+    ):
+        rows += some_of(domain, make())
+    return rows
+
+
+def some_of(domain: str, rows: list[dict]) -> list[dict]:
+    """ROWS_PER_DOMAIN of the rows, without repeated prompts, with ids and the domain."""
+    rows = list({row["prompt"]: row for row in rows}.values())
+    order = rng("real", domain).permutation(len(rows))[:ROWS_PER_DOMAIN]
+    kept = []
+    for i in sorted(order):
+        kept.append({"id": f"real/{domain}/{i}", "domain": domain, **rows[i]})
+    return kept
+
+
+# ---------------- math ----------------
+
+PEOPLE = ("Ann", "Ben", "Carla", "Dan", "Eva", "Finn", "Gita", "Hugo")
+THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
+
+
+def sum_rows() -> list[dict]:
+    """Plain arithmetic: with numbers up to 10 (level 1), with larger ones up to 20 (level 2)."""
+    rows = []
+    for a, b in itertools.product(range(2, 21), repeat=2):
+        level = 1 if max(a, b) <= 10 else 2
+        rows.append({"prompt": f"What is {a} + {b}?", "answer": str(a + b), "level": level})
+        if a > b:
+            rows.append({"prompt": f"What is {a} - {b}?", "answer": str(a - b), "level": level})
+        if max(a, b) <= 10:
+            rows.append({"prompt": f"What is {a} times {b}?", "answer": str(a * b), "level": 2})
+    return rows
+
+
+def story_rows() -> list[dict]:
+    """Stories of one step (level 2) and of two (level 3)."""
+    rows = []
+    for number, (person, thing) in enumerate(itertools.product(PEOPLE, THINGS)):
+        for i in range(12):
+            draw = rng("real story", number, i)
+            a, b = (int(value) for value in draw.integers(3, 20, 2))
+            c = int(draw.integers(2, 10))
+            have = f"{person} has {a} {thing}."
+            now = f"How many {thing} does {person} have now?"
+            stories = [
+                (f"{have} A friend gives {person} {b} more. {now}", a + b, 2),
+                (
+                    f"{have} {person} gives {min(a - 1, c)} of them away. {now}",
+                    a - min(a - 1, c),
+                    2,
+                ),
+                (
+                    f"{person} has {c} boxes with {b} {thing} in each. How many {thing} is that "
+                    "in all?",
+                    b * c,
+                    2,
+                ),
+                (
+                    f"{have} {person} buys {b} more and then loses {c}. {now}",
+                    a + b - c,
+                    3,
+                ),
+                (
+                    f"{have} {person} buys {c} bags with {b} {thing} in each. {now}",
+                    a + b * c,
+                    3,
+                ),
+            ]
+            prompt, answer, level = stories[i % len(stories)]
+            rows.append({"prompt": prompt, "answer": str(answer), "level": level})
+    return rows
+
+
+def math_rows() -> list[dict]:
+    """As many sums as stories."""
+    sums, stories = sum_rows(), story_rows()
+    order = rng("real stories").permutation(len(stories))[: len(sums)]
+    return sums + [stories[i] for i in sorted(order)]
+
+
+# ---------------- code ----------------
+
+# (what a function of a number does, with the constant k; its expression; constants; level)
+OF_A_NUMBER = [
+    ("returns {n} plus {k}", "{n} + {k}", range(1, 13), 1),
+    ("returns {n} minus {k}", "{n} - {k}", range(1, 13), 1),
+    ("returns {n} times {k}", "{n} * {k}", range(2, 13), 1),
+    (
+        "returns {k} if {n} is negative, and {n} itself otherwise",
+        "{k} if {n} < 0 else {n}",
+        range(0, 8),
+        2,
+    ),
+    ("returns the remainder of {n} divided by {k}", "{n} % {k}", range(2, 10), 2),
+    ("returns True if {n} is larger than {k}, and False otherwise", "{n} > {k}", range(0, 12), 2),
+    (
+        "returns True if {n} is divisible by {k}, and False otherwise",
+        "{n} % {k} == 0",
+        range(2, 10),
+        2,
+    ),
+    ("returns twice {n} plus {k}", "2 * {n} + {k}", range(1, 10), 2),
+    ("returns the larger one of {n} and {k}", "max({n}, {k})", range(0, 10), 2),
+    ("returns the square of {n} minus {k}", "{n} ** 2 - {k}", range(1, 10), 2),
+    (
+        "returns the sum of the whole numbers from 1 to {n}, plus {k}",
+        "sum(range({n} + 1)) + {k}",
+        range(0, 5),
+        3,
+    ),
+]
+# The same for a list of numbers …
+OF_A_LIST = [
+    ("returns the first item of {n}", "{n}[0]", 1),
+    ("returns the last item of {n}", "{n}[-1]", 1),
+    ("returns how many items {n} has", "len({n})", 1),
+    ("returns the sum of {n}", "sum({n})", 1),
+    ("returns the largest item of {n}", "max({n})", 1),
+    ("returns the smallest item of {n}", "min({n})", 1),
+    ("returns {n} in reverse order, as a list", "{n}[::-1]", 2),
+    ("returns the items of {n} in rising order", "sorted({n})", 2),
+    ("returns {n} with each item doubled, as a list", "[2 * x for x in {n}]", 2),
+    ("returns the even items of {n}, as a list", "[x for x in {n} if x % 2 == 0]", 3),
+    (
+        "returns the difference between the largest and the smallest item of {n}",
+        "max({n}) - min({n})",
+        2,
+    ),
+    ("returns {n} without its first item", "{n}[1:]", 2),
+]
+# … and for a text
+OF_A_TEXT = [
+    ("returns the length of {n}", "len({n})", 1),
+    ("returns {n} in capital letters", "{n}.upper()", 1),
+    ("returns {n} in small letters", "{n}.lower()", 1),
+    ("returns the first letter of {n}", "{n}[0]", 1),
+    ("returns the last letter of {n}", "{n}[-1]", 1),
+    ("returns {n} spelled backwards", "{n}[::-1]", 2),
+    ("returns {n} followed by an exclamation mark", "{n} + '!'", 1),
+    ("returns {n} written twice, without a space", "{n} * 2", 2),
+    ("returns how often the letter a occurs in {n}", "{n}.count('a')", 2),
+    ("returns True if {n} begins with the letter b, and False otherwise", "{n}.startswith('b')", 2),
+    ("returns the number of words in {n}", "len({n}.split())", 2),
+    ("returns True if {n} reads the same backwards, and False otherwise", "{n} == {n}[::-1]", 3),
+]
+NUMBERS = (0, 1, 4, 7, -3, 12)
+LISTS = ([3, 1, 2], [5], [4, 8, 6, 7], [-2, 9, 0, 10])
+TEXTS = ("banana", "Anna", "level", "a big Bear")
+NUMBER_NAMES = (("f", "x"), ("compute", "n"), ("change", "number"))
+LIST_NAMES = (("f", "items"), ("solve", "numbers"), ("pick", "values"), ("work", "data"))
+TEXT_NAMES = (("f", "text"), ("solve", "word"), ("change", "s"), ("work", "line"))
+
+
+def function_row(name: str, argument: str, task: str, expression: str, values, level: int) -> dict:
+    """A row that asks for a function of one argument; `values` are those that it is tested with."""
+    solution = f"def {name}({argument}):\n    return {expression.format(n=argument)}\n"
+    namespace = {}
+    exec(solution, namespace)
+    asserts = [f"assert {name}({value!r}) == {namespace[name](value)!r}" for value in values]
+    prompt = f"Write a Python function {name}({argument}) that {task.format(n=argument)}."
+    tests = {"asserts": "\n".join(asserts)}
+    return {"prompt": prompt, "tests": tests, "solution": solution, "level": level}
+
+
+def code_rows() -> list[dict]:
+    """Functions of a number, of a list and of a text."""
+    rows = []
+    for task, expression, constants, level in OF_A_NUMBER:
+        for k, (name, argument) in itertools.product(constants, NUMBER_NAMES):
+            with_k = [part.replace("{k}", str(k)) for part in (task, expression)]
+            rows.append(function_row(name, argument, *with_k, NUMBERS, level))
+    for tasks, names, values in (
+        (OF_A_LIST, LIST_NAMES, LISTS),
+        (OF_A_TEXT, TEXT_NAMES, TEXTS),
+    ):
+        for (task, expression, level), (name, argument) in itertools.product(tasks, names):
+            rows.append(function_row(name, argument, task, expression, values, level))
+    return rows
+
+
+# ---------------- science ----------------
+
+KINDS = {  # what something is: words that are
+    "an animal": "cat horse eagle frog whale snake sheep bee".split(),
+    "a fruit": "apple pear plum cherry banana mango peach grape".split(),
+    "a vegetable": "carrot onion cabbage spinach leek turnip celery beet".split(),
+    "a tool": "hammer saw drill wrench pliers chisel shovel rake".split(),
+    "a colour": "red blue green yellow purple brown grey pink".split(),
+    "a country": "France Japan Brazil Kenya Norway Egypt Canada Peru".split(),
+    "a piece of clothing": "shirt coat sock hat scarf glove skirt belt".split(),
+    "a musical instrument": "piano violin flute drum guitar harp trumpet cello".split(),
+    "a part of the body": "arm knee ear nose hand foot elbow neck".split(),
+    "a vehicle": "car bus train truck ship tram bicycle tractor".split(),
+    "a piece of furniture": "table chair bed sofa desk shelf bench stool".split(),
+    "a metal": "iron gold silver copper tin lead zinc nickel".split(),
+}
+# Some words of one kind are of the other kind, too: a peach, copper
+CONFUSED = ({"a colour", "a fruit"}, {"a colour", "a metal"}, {"a colour", "a vegetable"})
+OPPOSITES = (
+    "hot cold, big small, fast slow, early late, light dark, full empty, hard soft, high low, "
+    "old young, rich poor, strong weak, wet dry, open closed, happy sad, near far, thick thin"
+)
+MEASURES = {  # larger than the ones before it
+    "is longer": ("a second", "a minute", "an hour", "a day", "a week", "a month", "a year"),
+    "is heavier": ("a feather", "an egg", "a cat", "a bicycle", "a horse", "a car", "a whale"),
+    "is larger": ("an ant", "a mouse", "a dog", "a cow", "an elephant", "a house", "the moon"),
+    "has more legs": ("a snake", "a bird", "a dog", "an ant", "a spider"),
+}
+LETTERS = "ABC"
+
+
+def choice_row(question: str, right: str, wrong: list[str], level: int) -> dict:
+    """A row with three options in an order that depends on the question."""
+    options = [right, *wrong]
+    order = rng("real options", question, *options).permutation(3)
+    lines = [f"{letter}) {options[i]}" for letter, i in zip(LETTERS, order)]
+    answer = LETTERS[list(order).index(0)]
+    prompt = "\n".join([question, *lines, "Answer with the letter alone."])
+    return {"prompt": prompt, "answer": answer, "level": level}
+
+
+def science_rows() -> list[dict]:
+    """What a word is (level 1), opposites (level 2), comparisons (level 3)."""
+    rows = []
+    for kind, words in KINDS.items():
+        others = []
+        for other, names in KINDS.items():
+            if other != kind and {kind, other} not in CONFUSED:
+                others += names
+        for i, word in enumerate(words * 3):
+            wrong = [str(name) for name in rng("real kind", kind, i).choice(others, 2, False)]
+            rows.append(choice_row(f"Which of these is {kind}?", word, wrong, 1))
+    pairs = [pair.split() for pair in OPPOSITES.split(", ")]
+    words = [word for pair in pairs for word in pair]
+    for i, (first, second) in enumerate(pairs * 3 + [pair[::-1] for pair in pairs * 3]):
+        others = [word for word in words if word not in (first, second)]
+        wrong = [str(word) for word in rng("real opposite", first, i).choice(others, 2, False)]
+        rows.append(choice_row(f"Which word is the opposite of {first}?", second, wrong, 2))
+    for comparison, things in MEASURES.items():
+        for triple in itertools.combinations(things, 3):
+            *smaller, largest = triple
+            question = f"Which one {comparison} than the others?"
+            rows.append(choice_row(question, largest, list(smaller), 3))
+    return rows
+
+
+# ---------------- if ----------------
+
+TOPICS = (
+    "Describe a rainy day. | Describe your favourite meal. | Tell me about the sea. | "
+    "Explain what a teacher does. | Describe a small garden. | Tell me about winter. | "
+    "Explain why people sleep. | Describe a busy market. | Tell me about a train ride. | "
+    "Explain what bees do. | Describe an old house. | Tell me about the moon. | "
+    "Explain how to make tea. | Describe a good friend. | Tell me about a birthday party. | "
+    "Explain why trees are useful. | Describe a quiet library. | Tell me about a long walk. | "
+    "Explain what a doctor does. | Describe a summer evening. | Tell me about a lost key. | "
+    "Explain how to stay healthy. | Describe a mountain. | Tell me about a kind neighbour. | "
+    "Explain why books matter. | Describe a storm. | Tell me about a new school. | "
+    "Explain what a farmer does. | Describe a big city. | Tell me about a funny dog. | "
+    "Explain how to save water. | Describe a river. | Tell me about a surprise. | "
+    "Explain why we wash our hands. | Describe a train station. | Tell me about music. | "
+    "Explain what rain is. | Describe a picnic. | Tell me about a brave child. | "
+    "Explain how to grow tomatoes."
+).split(" | ")
+
+
+def at_least(words: int) -> tuple:
+    """(constraint, its text): a minimal number of words."""
+    kwargs = {"relation": "at least", "num_words": words}
+    constraint = {"id": "length_constraints:number_words", "kwargs": kwargs}
+    return constraint, f"Use at least {words} words."
+
+
+def fewer_than(words: int) -> tuple:
+    """(constraint, its text): a maximal number of words."""
+    kwargs = {"relation": "less than", "num_words": words}
+    constraint = {"id": "length_constraints:number_words", "kwargs": kwargs}
+    return constraint, f"Use fewer than {words} words."
+
+
+def plain(constraint_id: str, text: str, **kwargs) -> tuple:
+    """(constraint, its text) of any other kind."""
+    return {"id": constraint_id, "kwargs": kwargs}, text
+
+
+NO_COMMA = plain("punctuation:no_comma", "Do not use any commas.")
+QUOTED = plain("startend:quotation", "Put your whole answer in double quotation marks.")
+LOWER = plain("change_case:english_lowercase", "Write in small letters only.")
+UPPER = plain("change_case:english_capital", "Write in capital letters only.")
+TITLE = plain("detectable_format:title", "Give it a title in double angle brackets, like <<this>>.")
+SENTENCES = plain(
+    "length_constraints:number_sentences",
+    "Write at least 3 sentences.",
+    relation="at least",
+    num_sentences=3,
+)
+BULLETS = plain(
+    "detectable_format:number_bullet_lists",
+    "Write exactly 3 bullet points, each on a line that begins with *.",
+    num_bullets=3,
+)
+HIGHLIGHTS = plain(
+    "detectable_format:number_highlighted_sections",
+    "Highlight at least 2 parts with asterisks, like *this*.",
+    num_highlights=2,
+)
+ENDING = plain(
+    "startend:end_checker", "End with the words: That is all.", end_phrase="That is all."
+)
+NEVER = plain(
+    "keywords:forbidden_words",
+    "Do not use the words: very, and, is.",
+    forbidden_words=["very", "and", "is"],
+)
+BOTH = plain("keywords:existence", "Use the words: always, small.", keywords=["always", "small"])
+# Two constraints that no single word meets, and the level
+PAIRS = (
+    (NO_COMMA, at_least(12), 1),
+    (NO_COMMA, SENTENCES, 1),
+    (at_least(15), fewer_than(40), 1),
+    (QUOTED, at_least(8), 2),
+    (LOWER, at_least(10), 2),
+    (ENDING, at_least(10), 2),
+    (BOTH, fewer_than(30), 2),
+    (TITLE, at_least(12), 2),
+    (UPPER, at_least(8), 3),
+    (BULLETS, NO_COMMA, 3),
+    (HIGHLIGHTS, at_least(10), 3),
+    (NEVER, at_least(12), 3),
+)
+
+
+def if_rows() -> list[dict]:
+    """Every topic with every pair of constraints."""
+    rows = []
+    for topic, (first, second, level) in itertools.product(TOPICS, PAIRS):
+        (first_constraint, first_text), (second_constraint, second_text) = first, second
+        rows.append(
+            {
+                "prompt": f"{topic} {first_text} {second_text}",
+                "constraints": [first_constraint, second_constraint],
+                "level": level,
+            }
+        )
+    return rows
