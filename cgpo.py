@@ -999,11 +999,20 @@ def load_policy(name: str, dtype: str):
     model.eval()  # for good: dropout would make ρ differ from 1 without any update
     policy = Policy(model, models.known_ids(tokenizer, model), stop_ids)
     ids_BT = torch.arange(8)[None]  # any ids will do
-    with torch.no_grad():
-        policy_logp_T = policy.own_logp(ids_BT[0].tolist())
-        logp_TV = model(ids_BT).logits[0, :-1, : policy.vocab].log_softmax(-1)
+    try:
+        with torch.no_grad():
+            # The head's output is made large first: a cap leaves small logits nearly as they are.
+            factor = 300 / model(ids_BT).logits.abs().max()
+            head = model.get_output_embeddings()
+            magnify = head.register_forward_hook(lambda *call: factor * call[-1])
+            policy_logp_T = policy.own_logp(ids_BT[0].tolist())
+            logp_TV = model(ids_BT).logits[0, :-1, : policy.vocab].log_softmax(-1)
+        magnify.remove()
+    except Exception as error:  # what a wrong configuration raises is up to the model
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"--model {name}: it cannot be run: {reason[0]}") from error
     model_logp_T = logp_TV.gather(-1, ids_BT[0, 1:, None])[:, 0]
-    if not torch.allclose(model_logp_T, policy_logp_T, atol=1e-3):
+    if not torch.allclose(model_logp_T, policy_logp_T, rtol=1e-3, atol=1e-3):
         raise UserError(
             f"--model {name}: its logits are not its output head times its last hidden state "
             "(as in Gemma 2, Granite and BERT); its log-probs would be wrong here"

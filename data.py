@@ -127,10 +127,6 @@ def needs_verifier(row: dict) -> bool:
 # ---------------- prompts ----------------
 
 
-# A thought that the prompt begins for the model, or begins and ends
-OPENED = re.compile(r"<think>\s*(?:</think>\s*)?$")
-
-
 def encode_prompts(
     rows: list[dict], tokenizer, system: str, limit: int, name: str = "--data", date: str = ""
 ) -> list[dict]:
@@ -146,23 +142,24 @@ def encode_prompts(
     dropped = Counter()  # domain → rows
     incomplete = 0  # prompts that lack a part of what they were made from
     for row in rows:
-        if tokenizer.chat_template:
-            text = chat_text(row, tokenizer, system, date)
-            # the template has written the special tokens
-            ids = tokenizer(text, add_special_tokens=False).input_ids
-        else:
-            text = plain_text(row, system)
-            ids = tokenizer(text).input_ids
-            # Some tokenizers end every text: a response would follow its own end.
-            if ids and ids[-1] == tokenizer.eos_token_id:
-                ids.pop()
+        has_template = bool(tokenizer.chat_template)
+        text = chat_text(row, tokenizer, system, date) if has_template else plain_text(row, system)
+        try:
+            # a template has written the special tokens
+            ids = tokenizer(text, add_special_tokens=not has_template).input_ids
+        except TypeError:  # half a surrogate, from --system-prompt or the template
+            raise UserError(f"row {row['id']}: its prompt is no text that UTF-8 can hold") from None
+        # Some tokenizers end every text: a response would follow its own end.
+        while ids and ids[-1] == tokenizer.eos_token_id and not has_template:
+            ids.pop()
+        if not ids:
+            raise UserError(f"row {row['id']}: its prompt has no token")
         parts = [system, *[message["content"] for message in to_messages(row)]]
         incomplete += any(part.strip() not in text for part in parts)
         if len(ids) > limit:
             dropped[row["domain"]] += 1
             continue
-        opened = OPENED.search(text)
-        encoded.append({**row, "ids": ids, "opened": opened[0] if opened else ""})
+        encoded.append({**row, "ids": ids, "opened": opened_by(row, text, tokenizer, system, date)})
 
     if dropped:
         counts = ", ".join(f"{domain} {count}" for domain, count in dropped.items())
@@ -239,12 +236,33 @@ def plain_text(row: dict, system: str) -> str:
     return f"{text}\n\n" if system else text
 
 
-def chat_text(row: dict, tokenizer, system: str, date: str = "") -> str:
+def opened_by(row: dict, text: str, tokenizer, system: str, date: str) -> str:
+    """The part of the response that the prompt `text` ends with, from <think> on; "" if none.
+
+    It is what the template writes at the beginning of the assistant's turn, or the row's own last
+    message, if that is the assistant's.
+    """
+    if "<think>" not in text:
+        return ""
+    last = to_messages(row)[-1]
+    if last["role"] == "assistant":
+        turn = text[text.rindex(last["content"].strip()) :]
+    elif tokenizer.chat_template:
+        without_turn = chat_text(row, tokenizer, system, date, begin_turn=False)
+        turn = text.removeprefix(without_turn)
+        if turn == text:  # the template writes the messages in another way, too
+            return ""
+    else:
+        turn = "".join(re.findall(r"<think>\s*$", text))
+    return turn[turn.index("<think>") :] if "<think>" in turn else ""
+
+
+def chat_text(row: dict, tokenizer, system: str, date: str = "", begin_turn: bool = True) -> str:
     """The prompt as the chat template writes it, up to where the response begins.
 
     If the row has a system message, `system` is appended to it. If the last message is the
-    assistant's, the response continues it. date: see encode_prompts. Raises UserError if the
-    template refuses the messages.
+    assistant's, the response continues it. date: see encode_prompts. begin_turn: whether the
+    template begins the assistant's turn. Raises UserError if the template refuses the messages.
     """
     messages = to_messages(row)
     if system:
@@ -253,7 +271,7 @@ def chat_text(row: dict, tokenizer, system: str, date: str = "") -> str:
     options = {
         "tools": row.get("tools"),
         "tokenize": False,
-        "add_generation_prompt": not continues,
+        "add_generation_prompt": begin_turn and not continues,
         "continue_final_message": continues,
     }
     if date:

@@ -488,7 +488,7 @@ def open_folder(out: Path, flags: dict) -> list[dict]:
             f"--out {out} exists, is not empty and holds no evaluation: choose another folder"
         )
     finished = []
-    for item in read_jsonl(out / "items.jsonl", ITEM_FIELDS):
+    for item in read_checked(out / "items.jsonl"):
         if item["accuracy"] is not None:
             finished.append(item)
     ranks.barrier()  # all ranks have looked at the folder before the first one writes
@@ -737,6 +737,14 @@ def other_cells(values: dict) -> str:
 # ---------------- finished evaluations side by side ----------------
 
 
+RESPONSE_FIELDS = {  # of an item's responses
+    "text": (str,),
+    "reward": (int, float, type(None)),
+    "correct": (bool, type(None)),
+    "valid": (bool,),
+    "truncated": (bool,),
+    "tokens": (int,),
+}
 ITEM_FIELDS = {  # of a line of items.jsonl
     "id": (str,),
     "domain": (str,),
@@ -755,7 +763,33 @@ def read_items(folder) -> list[dict]:
         raise UserError(
             f"{folder} holds no evaluation (items.jsonl): python eval.py --out {folder} … makes one"
         )
-    return read_jsonl(path, ITEM_FIELDS)
+    return read_checked(path)
+
+
+def read_checked(path: Path) -> list[dict]:
+    """The items of an items.jsonl. Raises UserError if one is damaged."""
+    items = read_jsonl(path, ITEM_FIELDS)
+    for item in items:
+        fault = item_fault(item)
+        if fault:
+            raise UserError(f"{path}: item {item['id']!r:.60} is damaged: {fault}")
+    return items
+
+
+def item_fault(item: dict) -> str:
+    """What is wrong with an item whose fields have the right types; "" if nothing is."""
+    if item["accuracy"] is not None and not 0 <= item["accuracy"] <= 1:
+        return f"its accuracy is {item['accuracy']!r:.40}"
+    for name in ("group", "prompt"):
+        if not isinstance(item.get(name, ""), str):
+            return f'its "{name}" is {item[name]!r:.40}'
+    for response in item["responses"]:
+        if not isinstance(response, dict):
+            return "a response is no object"
+        for name, types in RESPONSE_FIELDS.items():
+            if not isinstance(response.get(name, ...), types):
+                return f'its responses\' "{name}" is {response.get(name, "missing")!r:.40}'
+    return ""
 
 
 def same_prompts(folders: list[str]) -> tuple[dict[str, dict], list[str]]:

@@ -35,6 +35,7 @@ Suffixes: K experts, M models (the base, then the experts), N elements of a piec
 import json
 import math
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +46,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.cli import Parser, add_flags, finite, fraction, run_main, seed, share
+from common.checkpoints import umask
 from common.errors import UserError
 from common.files import check_output_folder, write_text
 from common.keys import rng
@@ -113,15 +115,17 @@ class Checkpoint:
         layout = layout_of(self.folder)
         for path in safetensors_files(self.folder):
             self.add_file(path, layout)
+        self.check_complete(layout)
         for tensor, original in layout.tied.items():
             if tensor in self.shape and self.equal(tensor, original):
                 del self.dtype[tensor], self.shape[tensor], self.place[tensor]
 
     def add_file(self, path: Path, layout) -> None:
         """Add the tensors of one safetensors file. Raises UserError."""
-        if not path.exists():
+        if not path.is_file():
             raise UserError(
-                f"{path} is missing: merge.py reads Hugging Face folders with safetensors files"
+                f"{path} is missing, or no file: merge.py reads Hugging Face folders with "
+                "safetensors files"
             )
         file = open(path, "rb", buffering=0)
         header, data_start = read_header(path, file)
@@ -148,6 +152,23 @@ class Checkpoint:
             self.dtype[tensor] = DTYPES[entry["dtype"]]
             self.shape[tensor] = shape
             self.place[tensor] = Place(file, data_start + entry["data_offsets"][0])
+
+    def check_complete(self, layout) -> None:
+        """Raise UserError if the files and config.json do not have the same tensors.
+
+        A model whose files name some tensors in another way than transformers is left alone.
+        """
+        if not layout.shape:
+            return
+        lacking = layout.shape.keys() - self.shape.keys() - layout.tied.keys()
+        extra = self.shape.keys() - layout.shape.keys()
+        in_common = self.shape.keys() & layout.shape.keys()
+        if bool(lacking) != bool(extra) or not in_common:
+            what = "lack" if lacking else "have a"
+            raise UserError(
+                f"{self.folder}: its files {what} tensor {min(lacking or extra)}, by its "
+                "config.json"
+            )
 
     def size(self, tensor: str) -> int:
         """A tensor's number of elements."""
@@ -224,7 +245,8 @@ def bytes_of_tensors(header: dict) -> int:
     end = 0
     for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
         start, stop = entry["data_offsets"]
-        if start != end or min(entry["shape"], default=0) < 0:
+        whole = all(type(number) is int for number in (start, stop, *entry["shape"]))
+        if not whole or start != end or min(entry["shape"], default=0) < 0:
             raise ValueError(entry)
         dtype = DTYPES.get(entry["dtype"])  # None for a type that merge.py does not read
         if dtype and stop - start != dtype.itemsize * math.prod(entry["shape"]):
@@ -315,13 +337,30 @@ def check_tensors(base: Checkpoint, expert: Checkpoint) -> None:
         if expert.shape[name] != shape:
             raise UserError(
                 f"{name} is {list(expert.shape[name])} in {expert.folder} and {list(shape)} in "
-                "the base: another architecture or vocabulary"
+                f"the base, {base.folder}: another architecture or vocabulary"
             )
         if expert.dtype[name].is_floating_point != base.dtype[name].is_floating_point:
             raise UserError(
                 f"{name} is {expert.dtype[name]} in {expert.folder} and {base.dtype[name]} in "
-                "the base"
+                f"the base, {base.folder}"
             )
+
+
+# What may differ between two configurations that compute the same
+INERT_FIELDS = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+
+
+def config_differences(base: Checkpoint, expert: Checkpoint) -> str:
+    """The fields of config.json in which an expert differs from the base, as a text."""
+    fields = []
+    for model in (base, expert):
+        fields.append(from_pretrained(AutoConfig, str(model.folder)).to_dict())
+    differences = []
+    for name in sorted(fields[0].keys() | fields[1].keys()):
+        values = [config.get(name) for config in fields]
+        if name not in INERT_FIELDS and not name.startswith("_") and values[0] != values[1]:
+            differences.append(f"{name} {values[1]!r:.40}, not {values[0]!r:.40}")
+    return "; ".join(differences)
 
 
 def tokenizer_file(folder: Path) -> Path | None:
@@ -917,10 +956,13 @@ def main(argv: list[str] | None = None) -> Path:
     for expert in experts:
         check_tensors(base, expert)
         check_vocabulary(base, expert)
+        differences = config_differences(base, expert)
+        if differences:
+            print(f"note: {expert.folder} has another config.json than the base: {differences}")
 
-    temporary = out.with_name(f".{out.name}-partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    temporary.chmod(0o777 & ~umask())  # mkdtemp makes it readable by its owner alone
     try:
         merge = Merge(base, experts, args)
         write_model(merge, temporary)

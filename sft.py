@@ -267,6 +267,8 @@ def main(argv: list[str] | None = None) -> str:
     policy.to(policy.device)
     context, _ = context_of(policy.model.config)
     limit = min(args.max_tokens, context)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--model {name}: its tokenizer names no end token to train on")
     rows = encode_rows(args, tokenizer, policy, limit)
     data.check_ids(rows, policy.vocab)
     steps = args.steps or max(1, len(rows) // args.batch_rows)

@@ -253,7 +253,11 @@ def load_checkpoint(folder: Path, policy, optimizer, state: dict) -> int:
                 state[name].load_state_dict(value)
             else:
                 state[name] = value
-        return saved["step"]
+        step = saved["step"]
+        number = folder.resolve().name.rpartition("-")[2]
+        if type(step) is not int or (number.isdecimal() and int(number) != step):
+            raise ValueError(f"its step is {step!r:.40}")
+        return step
 
 
 @contextlib.contextmanager

@@ -20,6 +20,10 @@ from common.rows import DOMAINS
 # ---------------- argument types: they check ranges where a flag is defined ----------------
 
 
+LARGEST = 2**40  # of whole numbers: more of anything does not fit into a computer
+MOST_THREADS = 1024
+
+
 def number(kind: type, rule: str, is_allowed):
     """An argparse type that reads a number of `kind` (int or float) and checks its range.
 
@@ -34,6 +38,8 @@ def number(kind: type, rule: str, is_allowed):
             raise argparse.ArgumentTypeError(f"{text}: must be {kind_name}") from None
         if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text}: must be a finite number")
+        if kind is int and abs(value) > LARGEST:
+            raise argparse.ArgumentTypeError(f"{text}: must be at most {LARGEST}")
         if not is_allowed(value):
             raise argparse.ArgumentTypeError(f"{text}: must {rule}")
         return value
@@ -47,7 +53,10 @@ natural = number(int, "not be negative", lambda value: value >= 0)
 positive_float = number(float, "be positive", lambda value: value > 0)
 non_negative_float = number(float, "not be negative", lambda value: value >= 0)
 fraction = number(float, "be at least 0 and below 1", lambda value: 0 <= value < 1)
-finite = number(float, "be a number", lambda value: True)
+finite = number(float, "lie between -1e30 and 1e30", lambda value: abs(value) <= 1e30)
+threads = number(
+    int, f"be at least 0 and at most {MOST_THREADS}", lambda value: 0 <= value <= MOST_THREADS
+)
 seed = number(int, "be at least 0 and below 2^32", lambda value: 0 <= value < 2**32)
 share = number(float, "be above 0 and at most 1", lambda value: 0 < value <= 1)
 
@@ -119,6 +128,8 @@ class Parser(argparse.ArgumentParser):
             formatter_class=Help,
             epilog=toy_defaults(toy) if toy else "",
         )
+        # argparse takes -1e-3 for a flag (before Python 3.14)
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
 
     def error(self, message):
         # argparse says "argument --lr: 0: must be positive"; "--lr 0: must be positive" is enough
@@ -186,6 +197,8 @@ def run_main(main, advice: str = "--resume continues from the last checkpoint") 
     advice: what the user can do after Ctrl-C.
     """
     script = script_name()
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if the shell has closed it (>&-)
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal of ASCII alone shows ? for an arrow
     sys.stdout = Outlet(sys.stdout)
@@ -369,7 +382,7 @@ FLAGS = {
     # the run
     "--seed": {"type": seed, "default": 0, "help": "seed of every random number"},
     "--threads": {
-        "type": natural,
+        "type": threads,
         "default": 0,
         "help": "number of CPU threads; 0: torch's choice",
     },

@@ -80,6 +80,8 @@ def read_jsonl(path: Path, fields: dict[str, tuple] | None = None) -> list[dict]
             if number == len(lines):
                 break
             value = None
+        except (ValueError, RecursionError):  # a number of thousands of digits, brackets likewise
+            value = None
         fault = "" if isinstance(value, dict) else "it is no JSON object"
         for name, types in (fields or {}).items():
             if not fault and not isinstance(value.get(name, ...), types):

@@ -1,11 +1,13 @@
 """Models by name: folders, runs, names on the hub. A model that cannot be loaded is a UserError."""
 
+import json
 import math
 import re
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common import hub
@@ -93,7 +95,8 @@ def from_pretrained(cls, name: str, **options):
         else:
             place = "from the local cache or the hub (is the hub reachable?)"
         lines = str(error).strip().splitlines() or [""]
-        reason = lines[0] if isinstance(error, OSError) else f"{type(error).__name__}: {lines[0]}"
+        first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        reason = first if isinstance(error, OSError) else f"{type(error).__name__}: {first}"
         raise UserError(f"model {name}: cannot load it {place}: {reason}") from error
 
 
@@ -105,7 +108,11 @@ def load_model(name: str):
     tokenizer = from_pretrained(AutoTokenizer, name)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise UserError(f"model {name}: it has no tokenizer files (tokenizer.json or the like)")
-    check_kind(name, from_pretrained(AutoConfig, name))
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        raise UserError(f"model {name}: its tokenizer's model_max_length is no number")
+    config = from_pretrained(AutoConfig, name)
+    check_kind(name, config)
+    check_generation_config(name)
     model = load_network(name)
     fuse_gelu(model)
     check_layers(name, model)
@@ -124,6 +131,7 @@ def load_network(name: str):
     transformers fills a weight that the files lack with random numbers, and drops one that the
     model lacks. Both raise UserError here. A head that is tied to the embedding may be absent.
     """
+    check_files(name)
     model, report = load_with_report(name)
     wrapped = [key for key in report["unexpected_keys"] if WRAPPERS.match(key)]
     if wrapped:
@@ -143,7 +151,83 @@ def load_network(name: str):
             f"model {name}: {faults[0]}{more}: its weights and its config.json do not belong "
             "together"
         )
+    for key, parameter in model.named_parameters():
+        # The sum is quick; it is not finite if a value is not, and if it overflows.
+        if not parameter.sum().isfinite() and not parameter.isfinite().all():
+            raise UserError(f"model {name}: its tensor {key} has a value that is not finite")
     return model
+
+
+WEIGHT_TYPES = {"F64", "F32", "F16", "BF16"}  # as safetensors calls them
+
+
+def check_files(name: str) -> None:
+    """Raise UserError for files of weights that transformers would read in silence, but wrongly.
+
+    Two tensors for one weight (it takes one of them), weights that are no floating-point numbers,
+    and files of another size than config.json says (it makes up the rest). name: a folder; of a
+    model on the hub nothing is checked here.
+    """
+    folder = Path(name)
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        return
+    single = folder / "model.safetensors"
+    paths = [single] if single in paths else paths
+    config = from_pretrained(AutoConfig, name)
+    try:
+        with torch.device("meta"):  # no memory
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception:  # what a wrong configuration raises is up to the model; loading tells it
+        return
+    is_quantized = hasattr(config, "quantization_config")
+    place_of = {}  # weight → its name in the files
+    elements = 0
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"model {name}: {path} is no file")
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {key: file.get_slice(key) for key in file.keys()}
+                kinds = {key: (part.get_dtype(), part.get_shape()) for key, part in tensors.items()}
+        except Exception:  # of a file that is no safetensors file; loading tells it
+            return
+        for key, (dtype, shape) in kinds.items():
+            if OLD_BUFFERS.search(key):
+                continue
+            if dtype not in WEIGHT_TYPES and not is_quantized:
+                raise UserError(f"model {name}: its tensor {key} is of type {dtype}, no weights")
+            weight = WRAPPERS.sub("", key).removeprefix(f"{model.base_model_prefix}.")
+            if weight in place_of:
+                raise UserError(
+                    f"model {name}: {key} and {place_of[weight]} in its files are the same weight"
+                )
+            place_of[weight] = key
+            elements += math.prod(shape)
+    expected = sum(parameter.numel() for parameter in model.parameters())
+    if expected > 2 * elements and not is_quantized:
+        raise UserError(
+            f"model {name}: its config.json describes {expected / 1e6:.2f} M parameters, its files "
+            f"hold {elements / 1e6:.2f} M"
+        )
+
+
+def check_generation_config(name: str) -> None:
+    """Raise UserError for a damaged generation_config.json, which transformers would ignore.
+
+    Its end tokens would be lost. name: a folder; of a model on the hub nothing is checked here.
+    """
+    path = Path(name) / "generation_config.json"
+    if not path.exists():
+        return
+    try:
+        config = json.loads(path.read_text())
+        end = config.get("eos_token_id")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise UserError(f"model {name}: {path} is damaged: correct or remove it") from None
+    for token in end if isinstance(end, list) else [end]:
+        if token is not None and (type(token) is not int or token < 0):
+            raise UserError(f"model {name}: {path} has the end token {token!r:.40}, which is no id")
 
 
 def load_with_report(name: str, **options):
@@ -166,13 +250,17 @@ def fuse_gelu(model) -> None:
                 setattr(module, child_name, torch.nn.GELU("tanh"))
 
 
+MODALITIES = re.compile("vision|audio|image|video|speech|text")  # in names of configurations
+
+
 def check_kind(name: str, config) -> None:
     """Raise UserError if a configuration is not that of a model which continues a text."""
     kind = ""
     if config.is_encoder_decoder:
         kind = "an encoder and a decoder"
-    elif config.sub_configs:
-        kind = f"several parts, as multimodal models have ({', '.join(sorted(config.sub_configs))})"
+    parts = sorted(key for key in config.sub_configs if MODALITIES.search(key))
+    if parts:
+        kind = f"several parts, as multimodal models have ({', '.join(parts)})"
     if kind:
         raise UserError(f"--model {name}: it has {kind}: only causal models of text are supported")
 

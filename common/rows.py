@@ -13,11 +13,13 @@ reasoning-gym has "gym" instead of the required field: reasoning-gym's own check
 "checker", "match", "judge" and "mode" change how the response is checked (rewards.py).
 """
 
+import ast
 import codecs
 import gzip
 import json
 import re
 import sys
+import warnings
 import zlib
 from pathlib import Path
 
@@ -51,6 +53,8 @@ def words_of(text: str) -> list[str]:
 
 
 # ---------------- checks of a row ----------------
+MOST_SECONDS = 3600  # that a test of code may take
+
 # Each check takes a row and returns what is wrong with it, or None. The order of CHECKS matters:
 # later checks rely on earlier ones.
 
@@ -59,7 +63,7 @@ def check_domain(row: dict) -> str | None:
     """The domain is one of DOMAINS."""
     domain = row.get("domain")
     if domain not in DOMAINS:
-        return f'field "domain" is {domain!r}, not one of {" ".join(DOMAINS)}'
+        return f'field "domain" is {domain!r:.40}, not one of {" ".join(DOMAINS)}'
     return None
 
 
@@ -76,7 +80,8 @@ def check_prompt(row: dict) -> str | None:
     if isinstance(prompt, str) and prompt.strip():
         return None
     if isinstance(prompt, list) and prompt and all(is_message(message) for message in prompt):
-        return None
+        if any(message["content"].strip() for message in prompt):
+            return None
     return 'field "prompt" must be a text or a list of {"role", "content"}'
 
 
@@ -128,14 +133,34 @@ def check_tests(row: dict) -> str | None:
     tests = row["tests"]
     if isinstance(tests, dict):
         any_type = "expression" in tests  # the toy's tests hold numbers
+        if not isinstance(tests.get("expression", ""), str):
+            return 'field "tests": "expression" must be the name of a variable'
         if are_paired_texts(tests.get("inputs"), tests.get("outputs"), any_type):
             return None
         if isinstance(tests.get("asserts"), str) and isinstance(tests.get("setup", ""), str):
-            return None
+            return fault_of_asserts(tests["asserts"], tests.get("setup", ""))
     return (
         'field "tests" needs "asserts" (and perhaps "setup"), or "inputs" and as many "outputs", '
         "all texts"
     )
+
+
+LONGEST_ASSERTS = 100_000  # characters that are parsed: it takes a second for ten times as many
+
+
+def fault_of_asserts(asserts: str, setup: str) -> str | None:
+    """What is wrong with the tests of a function: no answer would be right."""
+    if not asserts.strip():
+        return 'field "tests": "asserts" is empty: no response would be right'
+    for name, text in (("asserts", asserts), ("setup", setup)):
+        if len(text) > LONGEST_ASSERTS:
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of odd escapes
+                ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            return f'field "tests": "{name}" is not Python ({error})'
+    return None
 
 
 def check_test_options(row: dict) -> str | None:
@@ -146,8 +171,9 @@ def check_test_options(row: dict) -> str | None:
     if compare not in ("numbers", "livecodebench"):
         return f'field "tests": "compare" is {compare!r:.40}, not "numbers" or "livecodebench"'
     seconds = row["tests"].get("seconds", 1)
-    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or seconds <= 0:
-        return f'field "tests": "seconds" is {seconds!r:.40}, not a positive number'
+    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not is_number or not 0 < seconds <= MOST_SECONDS:
+        return f'field "tests": "seconds" is {seconds!r:.40}, not above 0 and up to {MOST_SECONDS}'
     return None
 
 
@@ -179,7 +205,9 @@ def check_surrogates(row: dict) -> str | None:
 
 def check_tools(row: dict) -> str | None:
     """The tools, which a chat template writes, are a list of objects."""
-    tools = row.get("tools") or []
+    tools = row.get("tools")
+    if tools is None:
+        return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         return 'field "tools" must be a list of objects'
     return None
@@ -193,6 +221,8 @@ def check_lists(row: dict) -> str | None:
     values = row.get(name, [])
     if not isinstance(values, list):
         return f'field "{name}" must be a list'
+    if name == "constraints" and name in row and not values:
+        return 'field "constraints" is empty: every response would be right'
     if name == "gold_calls":
         for call in values:
             if not isinstance(call, dict) or not isinstance(call.get("name"), str):

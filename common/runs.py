@@ -129,9 +129,9 @@ def read_flags(out: Path) -> dict:
         flags = json.loads((out / "args.json").read_text())
     except FileNotFoundError:
         raise UserError(f"{out} holds no args.json, where a script writes its flags") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         flags = None
-    if not isinstance(flags, dict):
+    if not isinstance(flags, dict) or not isinstance(flags.get("history", []), list):
         raise UserError(f"{out / 'args.json'} is damaged: a script writes its flags there, as JSON")
     return flags
 
@@ -142,7 +142,12 @@ def date_of(out: Path) -> str:
     It is the one in the args.json that the folder has, or else today's.
     """
     recorded = read_flags(out).get("date") if (out / "args.json").exists() else None
-    return recorded or datetime.date.today().isoformat()
+    if not recorded:
+        return datetime.date.today().isoformat()
+    try:
+        return datetime.date.fromisoformat(recorded).isoformat()
+    except (ValueError, TypeError):
+        raise UserError(f"{out / 'args.json'} is damaged: its date is {recorded!r:.40}") from None
 
 
 def check_checkpoint(out: Path, steps: int) -> None:
@@ -151,6 +156,14 @@ def check_checkpoint(out: Path, steps: int) -> None:
     steps: 0 for one epoch, whose length is not known here.
     """
     link = out / "checkpoint"
+    if link.exists() and not link.is_dir():
+        raise UserError(f"{link} is no folder: it must be a checkpoint's, or a link to it")
+    whole = sorted(path.name for path in out.glob("checkpoint-*") if (path / "trainer.pt").exists())
+    if whole and not link.exists() and not link.is_symlink():
+        raise UserError(
+            f"{link}, a link to the last checkpoint, is not there, but {whole[-1]} is: make the "
+            f"link again (ln -s {whole[-1]} {link})"
+        )
     if not link.is_symlink():
         return
     target = os.readlink(link)
@@ -211,12 +224,20 @@ def read_steps(path: Path, last_step: float = math.inf) -> list[dict]:
 def read_metrics(out: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl. Raises UserError if there is none, or no number in it."""
     path = out / "metrics.jsonl"
-    lines = read_steps(path)
+    lines = check_numbers(path, read_steps(path))
     if not lines:
         raise UserError(f"{out} holds no run: {path} has no complete line")
+    return lines
+
+
+def check_numbers(path: Path, lines: list[dict]) -> list[dict]:
+    """The lines. Raises UserError if one of their values is no number that a float can hold."""
     for line in lines:
         for name, value in line.items():
-            if name != "verdicts" and not isinstance(value, (int, float)):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if isinstance(value, int):
+                is_number = is_number and abs(value) < 1 << 1000
+            if name != "verdicts" and not is_number:
                 raise UserError(f"{path} is damaged: {name} of step {line['step']} is no number")
     return lines
 
@@ -235,7 +256,10 @@ class RunLog:
         if not ranks.is_first():
             return
         if start:
-            self.lines = read_steps(out / "metrics.jsonl", start)
+            path = out / "metrics.jsonl"
+            self.lines = check_numbers(path, read_steps(path, start))
+            if not self.lines or self.lines[-1]["step"] != start:
+                print(f"warning: {path} lacks lines of steps that are done, up to step {start}")
         write_jsonl(out / "metrics.jsonl", self.lines)
         write_jsonl(out / "samples.jsonl", read_steps(out / "samples.jsonl", start))
         if args.wandb:

@@ -192,8 +192,13 @@ def measure_layers(base, experts: list, layers: list[int], seed: int) -> dict:
 
 
 def read_tensor(checkpoint, name: str):
-    """A tensor of a merge.Checkpoint, in fp32 and in its shape."""
+    """A tensor of a merge.Checkpoint, in fp32 and in its shape.
+
+    Raises UserError if a value is not finite.
+    """
     flat = checkpoint.read(name, 0, checkpoint.size(name))
+    if not flat.isfinite().all():
+        raise UserError(f"{name} in {checkpoint.folder} has a value that is not finite")
     return flat.float().view(checkpoint.shape[name])
 
 

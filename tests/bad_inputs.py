@@ -121,6 +121,41 @@ def a_header_without_end(folder: Path) -> None:
     path.write_bytes((1 << 62).to_bytes(8, "little") + path.read_bytes()[8:])
 
 
+def with_values(value):
+    """Weights of which one is not finite."""
+
+    def change(weights: dict) -> dict:
+        weights["transformer.h.0.attn.c_proj.weight"][-1, 0] = value
+        return weights
+
+    change.__name__ = f"with {value}"
+    return change
+
+
+def of_whole_numbers(weights: dict) -> dict:
+    return {**weights, "transformer.ln_f.bias": weights["transformer.ln_f.bias"].long()}
+
+
+def two_for_one(weights: dict) -> dict:
+    doubled = {f"module.{name}": tensor * 2 for name, tensor in weights.items()}
+    return {**weights, **doubled}
+
+
+def with_and_without_a_prefix(weights: dict) -> dict:
+    name = "transformer.h.0.ln_1.weight"
+    return {**weights, name.removeprefix("transformer."): weights[name] * 2}
+
+
+def in_json(name: str, **changes):
+    """A change of a file of JSON in a folder."""
+
+    def damage(folder: Path):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
 def only_gguf(folder: Path) -> None:
     for path in folder.iterdir():
         path.unlink()
@@ -175,6 +210,16 @@ WEIGHT_FAULTS = {
     "a tensor too many": in_weights(with_a_tensor),
     "another shape": in_weights(with_another_shape),
     "no name known": in_weights(without_a_name),
+    "a NaN": in_weights(with_values(float("nan"))),
+    "an inf": in_weights(with_values(float("inf"))),
+    "whole numbers": in_weights(of_whole_numbers),
+    "two tensors for each weight": in_weights(two_for_one),
+    "two tensors for one weight": in_weights(with_and_without_a_prefix),
+    "a config of another family": in_json("config.json", model_type="llama"),
+    "one layer more": in_json("config.json", n_layer=3),
+    "one layer less": in_json("config.json", n_layer=1),
+    "an untied head": in_json("config.json", tie_word_embeddings=False),
+    "a vocabulary in words": in_json("config.json", vocab_size="53"),
     "a tensor beyond the file": change_header(longer_than_the_file),
     "a type that does not exist": change_header(of_a_type_that_does_not_exist),
     "a header without end": a_header_without_end,
@@ -199,6 +244,16 @@ def without_a_tokenizer(folder: Path) -> None:
         path.unlink()
 
 
+GENERATION_FAULTS = {
+    "generation config cut": in_file("generation_config.json", cut),
+    "generation config empty": in_file("generation_config.json", empty),
+    "generation config []": in_file("generation_config.json", no_object),
+    "an end token in words": in_json("generation_config.json", eos_token_id="x"),
+    "an end token in a list in a list": in_json("generation_config.json", eos_token_id=[[0]]),
+    "a negative end token": in_json("generation_config.json", eos_token_id=-1),
+    "an end token that is true": in_json("generation_config.json", eos_token_id=True),
+    "an end token outside": in_json("generation_config.json", eos_token_id=10**6),
+}
 TOKENIZER_FAULTS = {
     "tokenizer cut": in_file("tokenizer.json", cut),
     "tokenizer empty": in_file("tokenizer.json", empty),
@@ -206,7 +261,7 @@ TOKENIZER_FAULTS = {
     "tokenizer []": in_file("tokenizer.json", no_object),
     "no tokenizer": without_a_tokenizer,
 }
-MODEL_FAULTS = WEIGHT_FAULTS | TOKENIZER_FAULTS
+MODEL_FAULTS = WEIGHT_FAULTS | TOKENIZER_FAULTS | GENERATION_FAULTS
 
 
 def bad_model(name: str, toy, folder: Path) -> Path:
@@ -264,6 +319,18 @@ ROW_FAULTS = {
     "no tests": line(domain="code"),
     "tests without anything": line(domain="code", tests={}),
     "more inputs than outputs": line(domain="code", tests={"inputs": ["1"], "outputs": []}),
+    "asserts without a test": line(domain="code", tests={"asserts": ""}),
+    "asserts that are not Python": line(domain="code", tests={"asserts": "assert f( =="}),
+    "a setup that is not Python": line(domain="code", tests={"asserts": "f()", "setup": "def ("}),
+    "an expression that is a number": line(
+        domain="code", tests={"asserts": "f()", "expression": 1}
+    ),
+    "seconds NaN": line(domain="code", tests={"asserts": "f()", "seconds": float("nan")}),
+    "seconds 1e308": line(domain="code", tests={"asserts": "f()", "seconds": 1e308}),
+    "no constraints": line(domain="if", constraints=[]),
+    "tools that are an empty text": line(tools=""),
+    "messages without a word": line(prompt=[{"role": "user", "content": " "}]),
+    "a long unknown domain": line(domain="x" * 100_000),
     "an unknown comparison": line(domain="code", tests={"asserts": "f()", "compare": "loosely"}),
     "seconds below 0": line(domain="code", tests={"asserts": "f()", "seconds": -1}),
     "constraints that are a text": line(domain="if", constraints="short"),

@@ -1,5 +1,6 @@
 """Bad inputs of merge.py."""
 
+import json
 import shutil
 
 import pytest
@@ -34,6 +35,24 @@ def test_out_is_none_of_the_models(toy, tmp_path, capsys):
     assert_refused(merge, argv, capsys, tmp_path, "one of the models to merge")
 
 
+def test_a_folder_that_is_named_like_a_temporary_one_stays(toy, tmp_path):
+    (tmp_path / ".out-partial").mkdir()
+    (tmp_path / ".out-partial" / "thesis.txt").write_text("thesis")
+    argv = ["--base", toy, "--experts", toy, "--method", "ta", "--lambda", "-1e-3"]
+    merge.main([str(word) for word in [*argv, "--out", tmp_path / "out"]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out-partial", "out"]
+    assert (tmp_path / ".out-partial" / "thesis.txt").read_text() == "thesis"
+
+
+def test_a_config_that_computes_something_else_is_told(toy, tmp_path, capsys):
+    expert = shutil.copytree(toy, tmp_path / "expert")
+    config = json.loads((expert / "config.json").read_text())
+    (expert / "config.json").write_text(json.dumps(config | {"n_head": 1}))
+    argv = ["--base", toy, "--experts", expert, "--method", "ta", "--out", tmp_path / "out"]
+    merge.main([str(word) for word in argv])
+    assert "has another config.json than the base: n_head 1, not 4" in capsys.readouterr().out
+
+
 FLAGS = [
     ("--method mean", "--method"),
     ("--method ta --lambda inf", "--lambda"),
@@ -51,6 +70,9 @@ FLAGS = [
     ("--method average --lambda 2", "--lambda"),
     ("--method ta --seed -1", "--seed"),
     ("--method ta --threads -1", "--threads"),
+    ("--method ta --threads 1000000", "--threads"),
+    ("--method ta --lambda -1e38", "--lambda -1e38: must lie between"),
+    ("--method average --weights 1e308", "--weights 1e308: must lie between"),
     ("--method ta --dtype F64", "--dtype"),
 ]
 

@@ -70,12 +70,14 @@ RUN_FAULTS = [
     ("metrics.jsonl", with_field("seconds/rollout", "x")),
     ("metrics.jsonl", with_field("tokens", None)),
     ("metrics.jsonl", with_field("reward/math", "high")),
+    ("metrics.jsonl", with_field("reward/math", 10**400)),
     ("args.json", cut),
     ("args.json", empty),
     ("args.json", garbage),
     ("args.json", no_object),
     ("args.json", os.unlink),
     ("args.json", with_field("ranks", "x")),
+    ("args.json", with_field("history", 3)),
 ]
 SCORE_FAULTS = [
     ("items.jsonl", empty),
@@ -83,6 +85,13 @@ SCORE_FAULTS = [
     ("items.jsonl", os.unlink),
     ("items.jsonl", with_field("accuracy", "high")),
     ("items.jsonl", with_field("accuracy", {})),
+    ("items.jsonl", with_field("accuracy", -1)),
+    ("items.jsonl", with_field("accuracy", 5)),
+    ("items.jsonl", with_field("accuracy", float("nan"))),
+    ("items.jsonl", with_field("accuracy", float("inf"))),
+    ("items.jsonl", with_field("group", 3)),
+    ("items.jsonl", with_field("responses", ["x"])),
+    ("items.jsonl", with_field("responses", [{}])),
     ("items.jsonl", with_field("domain", 3)),
     ("items.jsonl", with_field("id", None)),
 ]
@@ -91,10 +100,10 @@ SCORE_FAULTS = [
 def analysis(command, folder, out) -> list[str]:
     flags = {
         "curves": ["--runs", folder / "run"],
-        "gains": ["--start", folder / "start", "--experts", f"math={folder / 'end'}"]
-        + ["--models", f"all={folder / 'end'}"],
+        "gains": ["--start", folder / "start", "--experts", folder / "end"]
+        + ["--models", folder / "end"],
         "verify": ["--scores", folder / "end", "--engine", "hf", "--k", "1", "--threads", "1"]
-        + ["--max-prompt-tokens", "30", "--max-new-tokens", "18"],
+        + ["--max-prompt-tokens", "46", "--max-new-tokens", "18"],
     }[command]
     return [str(word) for word in (command, *flags, "--out", out)]
 
@@ -111,7 +120,9 @@ def test_runs(name, damage, copied, tmp_path, capsys):
 def test_evaluations(command, name, damage, copied, tmp_path, capsys):
     damage(copied / "end" / name)
     argv = analysis(command, copied, tmp_path / "out")
-    assert_refused(analyze, argv, capsys, tmp_path, str(copied / "end"))
+    # without a whole line the folder is that of an evaluation which has just begun
+    message = str(copied / "end") if damage in (empty, garbage) else "items.jsonl"
+    assert_refused(analyze, argv, capsys, tmp_path, message)
 
 
 @pytest.mark.parametrize("damage", [cut, empty, garbage, no_object])
@@ -120,7 +131,7 @@ def test_a_damaged_verify_json(damage, copied, tmp_path, capsys):
     path.write_text(json.dumps({"asked": {}, "found": {}}))
     damage(path)
     argv = analysis("verify", copied, tmp_path / "out")
-    assert_refused(analyze, argv, capsys, tmp_path, str(copied / "end"))
+    assert_refused(analyze, argv, capsys, tmp_path, f"{path} is damaged")
 
 
 @pytest.mark.parametrize("name", WEIGHT_FAULTS)

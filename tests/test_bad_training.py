@@ -52,9 +52,9 @@ NUMBERS = {
     "--weight-decay": ["-1", "inf", "nan"],
     "--max-prompt-tokens": ["0", "-1", "1e3"],
     "--micro-batch-tokens": ["0", "-1"],
-    "--threads": ["-3", "x"],
+    "--threads": ["-3", "x", "1000000", "99999999999999999999"],
     "--seed": ["-1", "1.5", "99999999999"],
-    "--steps": ["-1", "x"],
+    "--steps": ["-1", "x", "99999999999999999999"],
 }
 GRPO_NUMBERS = NUMBERS | {
     "--clip-low": ["-1", "nan"],
@@ -62,7 +62,7 @@ GRPO_NUMBERS = NUMBERS | {
     "--beta": ["-1", "inf"],
     "--temperature": ["0", "-1", "inf"],
     "--top-p": ["0", "0.9", "2"],
-    "--group-size": ["0", "1", "-4"],
+    "--group-size": ["0", "1", "-4", "99999999999999999999"],
     "--batch-prompts": ["0", "-1"],
     "--mini-batch-prompts": ["0", "3"],
     "--max-new-tokens": ["0", "-1"],

@@ -236,9 +236,10 @@ class Bytes:
     def __call__(self, text, add_special_tokens=True):
         return argparse.Namespace(input_ids=list(text.encode()))
 
-    def apply_chat_template(self, messages, tools, **options):
+    def apply_chat_template(self, messages, tools, add_generation_prompt, **options):
         turns = "|".join(f"{message['role']}:{message['content']}" for message in messages)
-        return f"{turns}|{tools}|assistant:{self.chat_template}"
+        turn = f"|assistant:{self.chat_template}" if add_generation_prompt else ""
+        return f"{turns}|{tools}{turn}"
 
 
 class NoSystemRole(Bytes):
@@ -326,8 +327,9 @@ OPENED_CASES = [
     ("[assistant]<think>", "<think>"),
     ("[assistant]<think>\n", "<think>\n"),
     ("[assistant]<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
-    ("[assistant]so <think> is a tag", ""),
     ("[assistant]", ""),
+    ("[assistant]<think>Let me see", "<think>Let me see"),
+    ("[assistant]<think>x</think><answer>", "<think>x</think><answer>"),
 ]
 
 
@@ -342,12 +344,35 @@ def test_what_the_prompt_has_begun_is_a_part_of_the_response(end, opened):
     assert data.response_texts([row], [list(b"yes")], tokenizer) == [f"{opened}yes"]
 
 
-@pytest.mark.parametrize("begun", ["<think>", "<think>\n"])
-def test_a_last_message_of_the_assistant_is_continued(begun):
-    messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": begun}]
+@pytest.mark.parametrize("begun", ["<think>", "<think>\n", "<think>2", "so it is"])
+@pytest.mark.parametrize("template", [TURNS, ""])
+def test_a_last_message_of_the_assistant_is_continued(begun, template):
+    messages = [{"role": "user", "content": "1 <think>?"}, {"role": "assistant", "content": begun}]
     row = {"id": "a", "domain": "math", "prompt": messages}
-    text = data.chat_text(row, with_template(TURNS), "")
-    assert text.rstrip() == "[user]1+1=[end][assistant]<think>"
+    tokenizer = with_template(template)
+    (encoded,) = data.encode_prompts([row], tokenizer, "", 99)
+    opened = encoded["opened"]
+    assert opened.strip() == (begun.strip() if "<think>" in begun else "")
+    assert data.response_texts([encoded], [[]], tokenizer) == [opened]
+    if template:
+        text = data.chat_text(row, tokenizer, "")
+        assert text.rstrip() == f"[user]1 <think>?[end][assistant]{begun.strip()}"
+
+
+def test_tags_that_the_request_speaks_of_are_not_the_responses():
+    row = {"id": "a", "domain": "math", "prompt": "What is <think>?"}
+    for template in (TURNS, ""):
+        (encoded,) = data.encode_prompts([row], with_template(template), "Use <think>.", 99)
+        assert encoded["opened"] == ""
+
+
+@pytest.mark.parametrize("content", ["", "   "])
+def test_a_prompt_without_a_word_is_refused(content):
+    row = {**GOOD, "prompt": [{"role": "user", "content": content}]}
+    with pytest.raises(UserError, match='field "prompt"'):
+        check_row(row, "row")
+    with pytest.raises(UserError, match="its prompt has no token"):
+        data.encode_prompts([{**GOOD, "id": "a"}], with_template("{{ '' }}"), "", 99)
 
 
 DEMONSTRATIONS = [
@@ -615,13 +640,13 @@ def test_a_template_that_drops_the_system_prompt_is_named(capsys):
 
 
 class EndsEveryText:
-    """A tokenizer without a template, which appends its end token to every text."""
+    """A tokenizer without a template, which appends two end tokens to every text."""
 
     chat_template = None
     eos_token_id = 0
 
-    def __call__(self, text):
-        return argparse.Namespace(input_ids=[*range(1, 1 + len(text)), 0])
+    def __call__(self, text, add_special_tokens):
+        return argparse.Namespace(input_ids=[*range(1, 1 + len(text)), 0, 0])
 
 
 def test_the_end_token_of_a_prompt_without_a_template_is_cut_off():

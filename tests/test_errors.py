@@ -210,3 +210,11 @@ def test_a_reader_that_leaves_does_not_end_the_work():
     assert process.stderr.read() == b"worked\n"
     assert process.wait() == 0
     process.stderr.close()
+
+
+@pytest.mark.parametrize("stream", ["1", "2"])
+def test_a_stream_that_the_shell_has_closed(stream):
+    command = f"{sys.executable} merge.py --help {stream}>&-"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr

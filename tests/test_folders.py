@@ -303,6 +303,50 @@ def test_a_link_to_nothing_is_named_and_costs_no_metrics(run_folder, tmp_path):
     assert (out / "metrics.jsonl").read_text() == lines
 
 
+def test_a_link_that_is_gone_costs_no_checkpoint(run_folder, tmp_path):
+    """As after a copy that leaves links out."""
+    out = tmp_path / "out"
+    shutil.copytree(run_folder, out, symlinks=True)
+    (out / "checkpoint").unlink()
+    command = [*TRAINING, "--steps", "2", "--out", str(out), "--resume"]
+    with pytest.raises(UserError, match="is not there, but checkpoint-000001 is: make the link"):
+        grpo.main(command)
+    (out / "checkpoint").write_text("checkpoint-000001")
+    with pytest.raises(UserError, match="is no folder"):
+        grpo.main(command)
+    assert (out / "checkpoint-000001" / "trainer.pt").exists()
+
+
+def test_metrics_that_are_gone_are_told(run_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(run_folder, out, symlinks=True)
+    (out / "metrics.jsonl").unlink()
+    grpo.main([*TRAINING, "--steps", "2", "--out", str(out), "--resume"])
+    assert (
+        "metrics.jsonl lacks lines of steps that are done, up to step 1" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("step", [0, -5, 10**9, "x", 1.5])
+def test_a_step_that_is_not_the_checkpoints(run_folder, tmp_path, step):
+    out = tmp_path / "out"
+    shutil.copytree(run_folder, out, symlinks=True)
+    path = out / "checkpoint" / "trainer.pt"
+    torch.save(torch.load(path, weights_only=True) | {"step": step}, path)
+    with pytest.raises(UserError, match="trainer.pt is damaged"):
+        grpo.main([*TRAINING, "--steps", "2", "--out", str(out), "--resume"])
+
+
+@pytest.mark.parametrize("changes", [{"date": "yesterday"}, {"date": 5}, {"history": 3}])
+def test_values_in_args_json_that_are_none(run_folder, tmp_path, changes):
+    out = tmp_path / "out"
+    shutil.copytree(run_folder, out, symlinks=True)
+    flags = json.loads((out / "args.json").read_text())
+    (out / "args.json").write_text(json.dumps(flags | changes))
+    with pytest.raises(UserError, match="args.json is damaged"):
+        grpo.main([*TRAINING, "--steps", "2", "--out", str(out), "--resume"])
+
+
 def test_a_run_that_was_copied_without_links_goes_on_and_saves(run_folder, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(run_folder, out)

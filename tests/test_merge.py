@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig
 
 import merge
 from common.errors import UserError
@@ -39,9 +39,12 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def without_weights(tmp_path_factory) -> Path:
-    """A folder with a model's config and the toy's tokenizer."""
+    """A folder with the toy's tokenizer, and a config whose tensors may have any names.
+
+    It is that of no causal language model, so merge.py does not know how they should be named.
+    """
     out = tmp_path_factory.mktemp("without-weights")
-    tiny_model("qwen3").config.save_pretrained(out)
+    ViTConfig().save_pretrained(out)
     toy_tokenizer().save_pretrained(out)
     return out
 

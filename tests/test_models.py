@@ -151,6 +151,27 @@ def test_a_model_is_refused_for_its_true_reason(make, reason, saved):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("scale", [0.1, 1, 5])
+def test_capped_logits_are_refused_however_small_they_are(scale, saved):
+    torch.manual_seed(0)
+    model = hf.Gemma2ForCausalLM(hf.Gemma2Config(**SIZES, head_dim=8))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(scale)  # tied to the head
+    with pytest.raises(UserError, match="not its output head times its last hidden state"):
+        grpo.load_policy(saved(model), "float32")
+
+
+def test_a_forward_pass_that_fails_is_one_line(saved, monkeypatch):
+    folder = saved(hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES)))
+
+    def fail(*arguments, **options):
+        raise IndexError("no such thing\nand more")
+
+    monkeypatch.setattr(hf.Qwen2Model, "forward", fail)
+    with pytest.raises(UserError, match="it cannot be run: no such thing$"):
+        grpo.load_policy(folder, "float32")
+
+
 # ---------------- longrope, and the sampler's log-probs ----------------
 
 

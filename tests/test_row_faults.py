@@ -127,20 +127,23 @@ def test_a_row_with_a_fault_is_refused_or_harmless(number):
                 assert result.correct is not None, (path, fault)
 
 
+COMMA = {"id": "punctuation:no_comma", "kwargs": {}}
+
+
 @pytest.mark.parametrize(
     "row, fault",
     [
         ({"domain": "math", "answer": "3", "checker": []}, "checker"),
         ({"domain": "science", "answer": "x y", "match": []}, "match"),
         ({"domain": "science", "answer": "x y", "match": "first-word"}, "match"),
-        ({"domain": "if", "constraints": [], "mode": None}, "mode"),
+        ({"domain": "if", "constraints": [COMMA], "mode": None}, "mode"),
         ({"domain": "writing", "judge": "rhymes", "reference": "a"}, "judge"),
         ({"domain": "writing", "judge": "rhyme", "topic": "xyz", "reference": "a"}, "rhyme"),
         ({"domain": "writing", "judge": "rhyme", "topic": "cat", "reference": 5}, "reference"),
-        ({"domain": "code", "tests": {"asserts": "", "setup": 5}}, "setup"),
-        ({"domain": "code", "tests": {"asserts": "", "compare": "text"}}, "compare"),
-        ({"domain": "code", "tests": {"asserts": "", "compare": []}}, "compare"),
-        ({"domain": "code", "tests": {"asserts": "", "seconds": "5"}}, "seconds"),
+        ({"domain": "code", "tests": {"asserts": "f()", "setup": 5}}, "setup"),
+        ({"domain": "code", "tests": {"asserts": "f()", "compare": "text"}}, "compare"),
+        ({"domain": "code", "tests": {"asserts": "f()", "compare": []}}, "compare"),
+        ({"domain": "code", "tests": {"asserts": "f()", "seconds": "5"}}, "seconds"),
         ({"domain": "agent", "gold_calls": [{"name": "f", "arguments": 5}]}, "gold call"),
         (
             {"domain": "math", "gym": {"task": "nope", "size": 2, "seed": 1, "index": 0}},
