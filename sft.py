@@ -117,10 +117,10 @@ OWN_ANSWER_TOKENS = 64  # of an answer that the model gives itself
 def format_rows(args, tokenizer, policy) -> list[dict]:
     """Rows of --data with a "response" in the format: <think>…</think><answer>…</answer>.
 
-    The answer is the row's reference: its "answer", or its "solution" as a block of code. A row
-    that has neither gets the model's own greedy answer to the bare prompt, right or wrong: what is
-    taught is the format. A quarter of each domain's prompts is left out, among them all that a run
-    may hold out for evaluation.
+    The answer is the row's reference: its "answer" or "reference", or its "solution" as a block of
+    code. A row that has none of them gets the model's own greedy answer to the bare prompt, right
+    or wrong: what is taught is the format. A quarter of each domain's prompts is left out, among
+    them all that a run may hold out for evaluation.
     """
     training, _ = data.hold_out(load_rows(args.data), per_domain=10**9)
     training = data.select_domains(training, args.domains)
@@ -149,6 +149,8 @@ def reference_answer(row: dict) -> str:
     """What the row itself holds as an answer; "" if it holds none."""
     if row["domain"] in ("math", "science"):
         return row.get("answer", "")
+    if row["domain"] == "writing":
+        return row.get("reference", "")
     if "solution" in row:
         return f"\n```python\n{row['solution'].strip()}\n```\n"
     return ""

@@ -315,8 +315,17 @@ def plain(constraint_id: str, text: str, **kwargs) -> tuple:
 
 NO_COMMA = plain("punctuation:no_comma", "Do not use any commas.")
 QUOTED = plain("startend:quotation", "Put your whole answer in double quotation marks.")
-LOWER = plain("change_case:english_lowercase", "Write in small letters only.")
-UPPER = plain("change_case:english_capital", "Write in capital letters only.")
+POSTSCRIPT = plain(
+    "detectable_content:postscript",
+    "Add a postscript that begins with P.S.",
+    postscript_marker="P.S.",
+)
+CAPITALS = plain(
+    "change_case:capital_word_frequency",
+    "Write at least 3 words in capital letters.",
+    capital_relation="at least",
+    capital_frequency=3,
+)
 TITLE = plain("detectable_format:title", "Give it a title in double angle brackets, like <<this>>.")
 SENTENCES = plain(
     "length_constraints:number_sentences",
@@ -349,11 +358,11 @@ PAIRS = (
     (NO_COMMA, SENTENCES, 1),
     (at_least(15), fewer_than(40), 1),
     (QUOTED, at_least(8), 2),
-    (LOWER, at_least(10), 2),
+    (POSTSCRIPT, at_least(10), 2),
     (ENDING, at_least(10), 2),
     (BOTH, fewer_than(30), 2),
     (TITLE, at_least(12), 2),
-    (UPPER, at_least(8), 3),
+    (CAPITALS, at_least(8), 3),
     (BULLETS, NO_COMMA, 3),
     (HIGHLIGHTS, at_least(10), 3),
     (NEVER, at_least(12), 3),
