@@ -230,7 +230,8 @@ def test_a_curriculum_is_not_resumed_with_another_number_of_steps(toy, tmp_path,
 def rate(toy, tmp_path):
     """rate(name, *flags): the file of rows with pass rates that eval.py writes."""
     rows = [row for row in toy_rows() if row["domain"] in ("science", "if")]
-    too_long = {"id": "long", "domain": "if", "prompt": "say " * 30, "constraints": []}
+    constraint = {"id": "punctuation:no_comma", "kwargs": {}}
+    too_long = {"id": "long", "domain": "if", "prompt": "say " * 30, "constraints": [constraint]}
     write_jsonl(tmp_path / "rows.jsonl", [*rows, too_long])
 
     def evaluate(name, *flags):
