@@ -468,11 +468,13 @@ def random_arguments(name: str, generator: random.Random) -> dict:
     return kwargs
 
 
+# Without NLTK's data, which is downloaded, the official checkers of NEED_DATA do not run.
+COMPARABLE = [name for name in ifeval.CONSTRAINTS if name in ifeval.IFEVAL.keys() - NEED_DATA]
+
+
 @needs_package
-@pytest.mark.parametrize("name", [name for name in ifeval.CONSTRAINTS if name in ifeval.IFEVAL])
+@pytest.mark.parametrize("name", COMPARABLE)
 def test_the_official_checker_says_the_same(name):
-    if name in NEED_DATA:
-        pytest.skip("the official checker needs NLTK's data")
     generator = random.Random(name)
     verdicts = set()
     for _ in range(1500):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig
 
 import merge
+from bad_inputs import change_header
 from common.errors import UserError
 from conftest import ROOT, tiny_model
 from sources.toy import toy_tokenizer
@@ -526,13 +527,7 @@ LIES = [
 def test_a_header_that_lies_is_refused(folder, tmp_path, lie):
     tensors = {"a": torch.zeros(3), "b": torch.ones(2)}
     base, one = folder("base", tensors), folder("one", tensors)
-    path = Path(one) / "model.safetensors"
-    content = path.read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    lie(header)
-    changed = json.dumps(header).encode()
-    path.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + size :])
+    change_header(lie)(Path(one))
     with pytest.raises(UserError, match="cut off, or no safetensors file"):
         merged(tmp_path / "out", base, [one], "--method", "average")
     assert not (tmp_path / "out").exists()
