@@ -529,12 +529,16 @@ def take(batch: dict, index, device=None) -> dict:
     return selection
 
 
-def micro_batches(length_B, budget: int) -> list[torch.Tensor]:
+def micro_batches(batch: dict, budget: int, share_prompts: bool = False) -> list[torch.Tensor]:
     """The micro-batches of a batch: the indices of their sequences, short sequences first.
 
-    A micro-batch has at most `budget` tokens, padding included, unless one sequence alone is
-    longer. Without sequences there is one empty micro-batch.
+    A micro-batch has at most `budget` tokens, padding included, unless one sequence alone has more.
+    share_prompts: the responses to a prompt stay side by side, and the prompt's tokens count once
+    in a micro-batch (padding does not count). Without sequences there is one empty micro-batch.
     """
+    length_B = batch["length"]
+    if share_prompts:
+        return shared_micro_batches(batch, budget)
     indices_of_batches = []
     indices = []  # of the micro-batch that is being filled
     for b in length_B.argsort(stable=True).tolist():
@@ -543,5 +547,27 @@ def micro_batches(length_B, budget: int) -> list[torch.Tensor]:
             indices_of_batches.append(torch.tensor(indices))
             indices = []
         indices.append(b)
+    indices_of_batches.append(torch.tensor(indices, dtype=torch.long))
+    return indices_of_batches
+
+
+def shared_micro_batches(batch: dict, budget: int) -> list[torch.Tensor]:
+    """The micro-batches of micro_batches() when the responses to a prompt share it."""
+    response_B = batch["mask"].sum(1)
+    prompt_B = batch["length"] - response_B
+    groups = batch["group"].unique().tolist()
+    indices_of_group = {g: (batch["group"] == g).nonzero()[:, 0].tolist() for g in groups}
+    groups.sort(key=lambda g: int(batch["length"][indices_of_group[g]].max()))
+
+    indices_of_batches = []
+    indices, size = [], 0  # of the micro-batch that is being filled
+    for g in groups:
+        size += int(prompt_B[indices_of_group[g][0]])
+        for b in indices_of_group[g]:
+            if indices and size + int(response_B[b]) > budget:
+                indices_of_batches.append(torch.tensor(indices))
+                indices, size = [], int(prompt_B[b])
+            indices.append(b)
+            size += int(response_B[b])
     indices_of_batches.append(torch.tensor(indices, dtype=torch.long))
     return indices_of_batches

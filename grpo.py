@@ -15,8 +15,9 @@ over their tokens; π is taken at --temperature. The ratio ρ is per token, as i
 code (their Eq. 1 writes a sequence ratio). It is 1 until a step's first update, so the clip acts
 from the step's second mini-batch on. (The toy has one mini-batch per step, so its gradient is that
 of A log π_θ.) KL_it is the estimate of KL(π_θ ‖ π_ref) known as k3, which is never negative. w as
-written is for vLLM; with --engine hf, which samples from π_old itself, it is 1. Compared with PPO
-there is no value network, no GAE and no trained reward model.
+written is for vLLM; with --engine hf, which samples from π_old itself, it is 1 (and in fp32 the
+sampler's log-probs are taken for those of π_old). Compared with PPO there is no value network, no
+GAE and no trained reward model.
 
 Several domains in --data (or --domains): joint, or mixed, multi-task RL. One domain: an expert.
 Every other algorithm file is this one with other ALGO sections: read the `diff`. What a SHARED
@@ -47,7 +48,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import data
 import rewards
-from common import checkpoints, cli, engines, models, ranks, reports, runs, sampler
+from common import checkpoints, cli, engines, models, prompts, ranks, reports, runs, sampler
 from common.errors import UserError
 from common.keys import rng
 from data import micro_batches, take
@@ -65,9 +66,10 @@ ALGORITHM = Path(__file__).stem
 #   domain                   [B]     the domain's place in DOMAINS
 #   reward, correct          [B]     reward: NaN if the verifier failed
 #   sampler_logp             [B, T]  log π_sampler of each token, 0 outside the mask
-#   old_logp, ref_logp       [B, T]  log π_old and log π_ref, likewise
+#   old_logp                 [B, T]  log π_old, likewise
 #   advantage, importance    [B, T]  A and w of the header
-#   old_h                    [B, 1, H]  for mcpo.py
+#   old_h                    [B, 1, H]  for mcpo.py, if π_old took a forward pass
+# and in a micro-batch, while it is worked on: ref_logp [B, T], log π_ref
 Batch = dict[str, torch.Tensor]
 
 
@@ -191,7 +193,6 @@ class Run:
     args: object
     out: Path  # the run's folder
     policy: "Policy"
-    reference: "Policy | None"  # the frozen start model, if β > 0
     tokenizer: object
     optimizer: torch.optim.Optimizer
     state: dict  # what the algorithm keeps from step to step
@@ -223,12 +224,10 @@ def train(run: Run, look=None) -> Path:
         rewards.stop_if_down(columns)  # an error if a reward server answers nothing at all
         reports.warn_if_unknown(columns)
 
-        # 2. The log-probs of every sampled token under π_old and π_ref, before any update. (The
-        #    sampler's own may differ a little: w corrects for that.)
+        # 2. The log-prob of every sampled token under π_old, before any update. (The sampler's own
+        #    may differ a little: w corrects for that.)
         clock = time.perf_counter()
-        per_token = add_log_probs(policy, run.reference, batch, args)
-        if step == run.steps_done + 1:
-            engines.check_hf_sampler(policy, per_token)
+        per_token = add_log_probs(policy, batch, args)
         batch["importance"] = importance_weights(batch, args)
 
         # 3. How much better each response is than its group.
@@ -307,11 +306,13 @@ def policy_loss(logp_BT, micro: Batch, args):
     surrogate_BT = torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
     is_clipped_BT = (surrogate_BT < ratio_BT * advantage_BT) & (importance_BT > 0)
     loss_BT = -importance_BT * surrogate_BT
+    stats = {"clip_fraction": is_clipped_BT}
     if args.beta:
         log_ratio_BT = micro["ref_logp"] - logp_BT
         kl_BT = torch.exp(log_ratio_BT) - log_ratio_BT - 1
         loss_BT = loss_BT + args.beta * kl_BT
-    return loss_BT, {"clip_fraction": is_clipped_BT}
+        stats["kl"] = kl_BT
+    return loss_BT, stats
 
 
 def is_trained_on(batch: Batch) -> torch.Tensor:
@@ -346,6 +347,9 @@ def backward(policy, batch: Batch, args, forward=None) -> dict[str, float]:
     Returns {"loss", each statistic's mean over tokens, "tokens": how many}.
     forward: a function to call in place of the policy. (for opd.py)
     """
+    # Before a step's first update, the pass shows whether π_old is what the hf engine sampled from.
+    is_check = not forward and policy.samples() and policy.updates == policy.sampled_after
+    largest_gap = 0.0
     forward = forward or policy
     batch = batch | {"weight": token_weights(batch, args)}
     (tokens,) = ranks.reduce([int(batch["mask"].sum())])  # the sum over ranks
@@ -353,11 +357,19 @@ def backward(policy, batch: Batch, args, forward=None) -> dict[str, float]:
         batch = take(batch, moves_the_policy(batch))
     sums = Counter(loss=0.0)
     # A micro-batch is a list of row numbers, with at most --micro-batch-tokens tokens together.
-    pieces = same_count(micro_batches(batch["length"], args.micro_batch_tokens))
+    pieces = same_count(micro_batches(batch, args.micro_batch_tokens, policy.shares_prompts))
     for row_numbers in reports.shown("update", pieces):
         micro = take(batch, row_numbers, policy.device)  # these rows, cut to the longest of them
-        logp_BT, _, mean_h_BH = forward(micro["ids"], micro["mask"])
+        if policy.reference:
+            # Here, on the very rows of the policy's own pass: while π_θ is π_ref, both round alike,
+            # so that the gradient of the KL is exactly 0.
+            with torch.no_grad():
+                micro["ref_logp"], _ = policy.reference[0](micro["ids"], micro["mask"])
+        logp_BT, mean_h_BH = forward(micro["ids"], micro["mask"])
         micro["mean_h"] = mean_h_BH  # for mcpo.py
+        if is_check:
+            gap_BT = (logp_BT.detach() - micro["sampler_logp"]).abs()
+            largest_gap = max(largest_gap, gap_BT.max().item() if len(gap_BT) else 0.0)
         loss_BT, stats = policy_loss(logp_BT, micro, args)
         loss = (loss_BT * micro["weight"]).sum()
         # FSDP2, which shards the weights over ranks, takes the mean of the ranks' gradients.
@@ -366,6 +378,9 @@ def backward(policy, batch: Batch, args, forward=None) -> dict[str, float]:
         for name, value_BT in stats.items():
             sums[name] += (value_BT.detach() * micro["mask"]).sum().item() / tokens
     means = dict(zip(sums, ranks.reduce(list(sums.values()))))
+    if is_check:
+        (means["mismatch/max"],) = ranks.reduce([largest_gap], "max")
+        engines.check_hf_sampler(means["mismatch/max"])
     return means | {"tokens": tokens}
 
 
@@ -464,6 +479,7 @@ def rollout(
     """
     # a. The sampler gets the current weights. (A lone CPU process samples from the policy itself.)
     t0 = time.perf_counter()
+    policy.sampled_after = policy.updates
     if policy.engine:
         policy.engine.sync_weights(policy)
     elif policy.sharded:
@@ -562,32 +578,40 @@ class Policy(torch.nn.Module):
         self.temperature = temperature  # of log-probs and sampler
         self.engine = None  # vLLM, if it is the sampler
         self.sampler = []  # the hf sampler's unsharded copy; in a list, so that it is no submodule
-        self.sharded = False
+        self.reference = []  # the frozen start model, if β > 0; in a list for the same reason
         self.updates = 0  # optimizer steps made
-        self.device = model.device  # ranks.place() moves both
+        self.sampled_after = None  # what `updates` was at the last rollout
+        self.can_share_prompts = False  # what load_policy() has tried
+        # ranks.place() moves policy and model, and sets what follows
+        self.device = model.device
+        self.sharded = False
+        self.shares_prompts = False  # a prompt runs once for all its responses (common/prompts.py)
+
+    def samples(self) -> bool:
+        """Does the hf engine sample, in fp32? Then its log-probs are those of π_old."""
+        return not self.engine and not self.bf16
 
     def autocast(self):
         """Compute in bfloat16; the weights stay in fp32, or small updates would be lost."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def head(self, hidden_NH, token_N, temperature: float):
-        """(log-prob of each token, entropy of its distribution), over the tokenizer's ids only."""
+        """(log-prob of each token,), over the tokenizer's ids only."""
         with self.autocast():
             logits_NV = self.model.get_output_embeddings()(hidden_NH)[:, : self.vocab]
         at_least_fp32 = torch.promote_types(logits_NV.dtype, torch.float32)
         logp_NV = torch.log_softmax(logits_NV.to(at_least_fp32) / temperature, -1)
-        with torch.no_grad():
-            entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
-        return logp_NV.gather(-1, token_N[:, None])[:, 0], entropy_N
+        return (logp_NV.gather(-1, token_N[:, None])[:, 0],)
 
     def own_logp(self, ids_T: list[int]):
         """Log-probs of ids_T[1:] at temperature 1, on the CPU: for checks of model and engine."""
         ids_BT = torch.tensor([ids_T], device=self.device)
-        everything_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-        return self(ids_BT, everything_BT, 1.0)[0][0, 1:].cpu()
+        all_but_one_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+        all_but_one_BT[:, 0] = False
+        return self(ids_BT, all_but_one_BT, 1.0)[0][0, 1:].cpu()
 
     def forward(self, ids_BT, mask_BT, temperature: float | None = None, head=None, target=None):
-        """(logp_BT, entropy_BT, mean_h_BH).
+        """(logp_BT, mean_h_BH).
 
         logp[b, t] is log π(ids[b, t] | ids[b, <t]) if mask[b, t], else 0. mean_h is the mean of the
         last hidden layer over the response (for mcpo.py). Right padding needs no attention mask,
@@ -601,8 +625,11 @@ class Policy(torch.nn.Module):
             ids_BT, mask_BT = ids_BT.new_zeros(1, 2), mask_BT.new_zeros(1, 2)
             target = target if target is None else target.new_zeros(1, 2, *target.shape[2:])
         with self.autocast():
-            output = self.model.base_model(input_ids=ids_BT, use_cache=False)
-        hidden_BTH = output.last_hidden_state
+            if self.shares_prompts and B:
+                hidden_BTH = prompts.hidden_states(self.model.base_model, ids_BT, mask_BT)
+            else:
+                output = self.model.base_model(input_ids=ids_BT, use_cache=False)
+                hidden_BTH = output.last_hidden_state
         # The hidden state at t − 1 predicts the token at t: [B, T − 1, H] → [N, H]
         response_BT = mask_BT[:, 1:]
         hidden_NH = hidden_BTH[:, :-1][response_BT]
@@ -646,39 +673,37 @@ def same_count(pieces: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def log_probs(policy, batch: Batch, args):
-    """(logp_BT, entropy_BT, mean_h_B1H) of a whole batch, on the CPU."""
+    """(logp_BT, mean_h_B1H) of a whole batch, on the CPU."""
     logp_BT = torch.zeros(batch["ids"].shape)
-    entropy_BT = torch.zeros(batch["ids"].shape)
     mean_h_BH = torch.zeros(len(batch["ids"]), policy.width)
     inputs = {name: batch[name] for name in ("ids", "mask", "length")}
-    pieces = same_count(micro_batches(batch["length"], args.micro_batch_tokens))
+    pieces = same_count(micro_batches(batch, args.micro_batch_tokens, policy.shares_prompts))
     for row_numbers in reports.shown("log-probs", pieces):
         micro = take(inputs, row_numbers, policy.device)
         outputs = policy(micro["ids"], micro["mask"])
-        micro_logp_BT, micro_entropy_BT, micro_h_BH = (x.to("cpu", logp_BT.dtype) for x in outputs)
-        T = micro_logp_BT.shape[1]
-        logp_BT[row_numbers, :T] = micro_logp_BT
-        entropy_BT[row_numbers, :T] = micro_entropy_BT
+        micro_logp_BT, micro_h_BH = (x.to("cpu", logp_BT.dtype) for x in outputs)
+        logp_BT[row_numbers, : micro_logp_BT.shape[1]] = micro_logp_BT
         mean_h_BH[row_numbers] = micro_h_BH
     # take() cuts columns of two dimensions to the longest row, hence a third one here
-    return logp_BT, entropy_BT, mean_h_BH[:, None]
+    return logp_BT, mean_h_BH[:, None]
 
 
-def add_log_probs(policy, reference, batch: Batch, args) -> list[dict]:
-    """Add the columns old_logp, old_h (for mcpo.py) and, with a reference, ref_logp to the batch.
+def add_log_probs(policy, batch: Batch, args) -> list[dict]:
+    """Add the column old_logp to the batch, and old_h (for mcpo.py) if it takes a forward pass.
 
-    Returns one dict per rank, of values per sampled token, which reports.step_metrics averages.
+    It takes none if the hf engine has sampled in fp32: its log-probs are π_old's own, and
+    backward() compares them with the trainer's. Returns one dict per rank, of values per sampled
+    token, which reports.step_metrics averages.
     """
-    batch["old_logp"], entropy_BT, batch["old_h"] = log_probs(policy, batch, args)
-    per_token = {
-        "log_w": batch["old_logp"] - batch["sampler_logp"],
-        "entropy": entropy_BT,
-    }
-    if reference:
-        batch["ref_logp"], _, _ = log_probs(reference, batch, args)
-        per_token["log_ref"] = batch["ref_logp"] - batch["old_logp"]
     mask_BT = batch["mask"]
-    return ranks.gather({name: value_BT[mask_BT] for name, value_BT in per_token.items()})
+    per_token = {}
+    if policy.samples():
+        batch["old_logp"] = batch["sampler_logp"]
+    else:
+        batch["old_logp"], batch["old_h"] = log_probs(policy, batch, args)
+        per_token["log_w"] = (batch["old_logp"] - batch["sampler_logp"])[mask_BT]
+    per_token["old_logp"] = batch["old_logp"][mask_BT]
+    return ranks.gather(per_token)
 
 
 def importance_weights(batch: Batch, args) -> torch.Tensor:
@@ -859,7 +884,7 @@ def setup(args, rows: tuple[list[dict], list[dict]] | None = None) -> Run:
     reference = copy.deepcopy(policy).requires_grad_(False) if args.beta else None
     ranks.place(policy, args)
     if reference:
-        ranks.place(reference, args, frozen=True)
+        policy.reference = [ranks.place(reference, args, frozen=True)]
     canary = engines.canary_ids(train_rows, args)
     policy.engine, engine_text = engines.open_engine(Engine, name, policy, canary, args)
     optimizer = ranks.make_optimizer(policy, args)
@@ -881,7 +906,6 @@ def setup(args, rows: tuple[list[dict], list[dict]] | None = None) -> Run:
         args=args,
         out=out,
         policy=policy,
-        reference=reference,
         tokenizer=tokenizer,
         optimizer=optimizer,
         state=state,
@@ -922,6 +946,7 @@ def load_policy(name: str, dtype: str):
             f"--model {name}: its logits are not its output head times its last hidden state "
             "(as in Gemma 2, Granite and BERT); its log-probs would be wrong here"
         )
+    policy.can_share_prompts = prompts.are_equal_when_shared(model.base_model, policy.vocab)
     policy.bf16 = dtype == "bfloat16" or (dtype == "auto" and torch.cuda.is_available())
     return tokenizer, policy
 

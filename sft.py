@@ -83,9 +83,9 @@ def train(
         batch = encode(step_rows, tokenizer, limit)
         tokens = batch["mask"].sum()
         mean_loss = 0.0  # over the batch's response tokens
-        for index in micro_batches(batch["length"], micro_batch_tokens):
+        for index in micro_batches(batch, micro_batch_tokens):
             micro = take(batch, index, policy.device)
-            logp_BT, _, _ = policy(micro["ids"], micro["mask"])
+            logp_BT, _ = policy(micro["ids"], micro["mask"])
             loss = -logp_BT.sum() / tokens
             loss.backward()
             mean_loss += loss.item()

@@ -118,20 +118,17 @@ def check_engine(policy, engine, sent: dict, held: dict, engine_logp_T, spoiled:
 # ---------------- the hf sampler ----------------
 
 
-def check_hf_sampler(policy, per_token: list[dict]) -> None:
+def check_hf_sampler(gap: float) -> None:
     """Raise UserError if the hf sampler's log-probs are not the trainer's.
 
     Both use the same weights. In fp32 they differ by rounding alone, so more than FP32_GAP nats
-    prove that the sampler's cache does not fit this model. per_token: one dict per rank, with the
-    differences as "log_w". vLLM and bfloat16 are left to the importance weights.
+    prove that the sampler's cache does not fit this model. gap: the largest difference of a step's
+    tokens. (vLLM and bfloat16 are left to the importance weights.)
     """
-    if policy.engine or policy.bf16:
-        return
-    gaps = [values["log_w"].abs().max().item() for values in per_token if len(values["log_w"])]
-    if max(gaps, default=0.0) > FP32_GAP:
+    if gap > FP32_GAP:
         raise UserError(
-            f"the sampler's log-probs differ from the trainer's by up to {max(gaps):.2g} nats, "
-            f"where fp32 allows {FP32_GAP:g}: the hf engine does not support this model"
+            f"the sampler's log-probs differ from the trainer's by up to {gap:.2g} nats, where "
+            f"fp32 allows {FP32_GAP:g}: the hf engine does not support this model"
         )
 
 

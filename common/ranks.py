@@ -110,6 +110,9 @@ def place(policy, args, frozen: bool = False):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     policy.device = device()
     policy.sharded = policy.device.type == "cuda" or "RANK" in os.environ
+    policy.shares_prompts = (
+        policy.can_share_prompts and not policy.sharded and not args.checkpoint_activations
+    )
     if frozen and policy.bf16 and policy.sharded:
         # Buffers stay fp32: rotary frequencies in bf16 would be wrong at large positions.
         for parameter in policy.parameters():

@@ -66,7 +66,7 @@ def domain_metrics(columns: dict) -> dict[str, float]:
 def mean_stats(stats_of_updates: list[dict]) -> dict[str, float]:
     """{name: mean over the updates that have it, weighted by their "tokens"}.
 
-    The value of "tokens" is the sum.
+    The value of "tokens" is the sum, that of a name that ends in "/max" the largest.
     """
     updates_with = {}  # name → the updates' statistics that have it
     for stats in stats_of_updates:
@@ -75,6 +75,9 @@ def mean_stats(stats_of_updates: list[dict]) -> dict[str, float]:
     updates_with.pop("tokens", None)
     means = {}
     for name, updates in updates_with.items():
+        if name.endswith("/max"):
+            means[name] = max(stats[name] for stats in updates)
+            continue
         total = sum(stats[name] * stats["tokens"] for stats in updates)
         means[name] = total / sum(stats["tokens"] for stats in updates)
     means["tokens"] = sum(stats["tokens"] for stats in stats_of_updates)
@@ -88,28 +91,25 @@ def step_metrics(
 
     seconds: by phase. columns: the batch's columns [B], of all ranks. per_token: for each rank, a
     value per sampled token [N], taken before any update:
-        log_w    log π_old/π_sampler, not clipped
-        entropy  of π_old, in nats
-        log_ref  log π_ref/π_old, if there is a reference
+        old_logp log π_old; its negative mean estimates the policy's entropy, in nats
+        log_w    log π_old/π_sampler, not clipped, if they are not the same by definition
     """
     values_N = {}
     for name in per_token[0]:
         values_N[name] = torch.cat([values[name] for values in per_token])
-    log_w_N = values_N["log_w"]
-    w_N = log_w_N.exp()
-    token_metrics = {
-        "mismatch/mean": log_w_N.abs().mean(),
-        "mismatch/max": log_w_N.abs().max(),
-        "is_ratio/mean": w_N.mean(),
-        "is_ratio/min": w_N.min(),
-        "is_ratio/max": w_N.max(),
-        # outside the band that --is-correction mask keeps
-        "is_ratio/outside": ((w_N < 0.5) | (w_N > 2)).float().mean(),
-        "entropy": values_N["entropy"].mean(),
-    }
-    if "log_ref" in values_N:
-        log_ref_N = values_N["log_ref"]
-        token_metrics["kl"] = (log_ref_N.exp() - log_ref_N - 1).mean()  # k3 estimator
+    token_metrics = {"entropy": -values_N["old_logp"].mean()}
+    if "log_w" in values_N:
+        log_w_N = values_N["log_w"]
+        w_N = log_w_N.exp()
+        token_metrics |= {
+            "mismatch/mean": log_w_N.abs().mean(),
+            "mismatch/max": log_w_N.abs().max(),
+            "is_ratio/mean": w_N.mean(),
+            "is_ratio/min": w_N.min(),
+            "is_ratio/max": w_N.max(),
+            # outside the band that --is-correction mask keeps
+            "is_ratio/outside": ((w_N < 0.5) | (w_N > 2)).float().mean(),
+        }
 
     tokens = int(columns["tokens"].sum())
     metrics = mean_stats(stats_of_updates)

@@ -37,7 +37,7 @@ from studies.shapes import config_of
 ROOT = Path(__file__).resolve().parent.parent
 
 # method: (its file, index of the mini-batch in its step). MCPO takes the first mini-batch's hidden
-# states from the log-prob pass, and computes those of the others again.
+# states from π_old's forward pass, if there was one, and else computes them again.
 METHODS = {
     "grpo": (grpo, 0),
     "cgpo": (cgpo, 0),
@@ -236,7 +236,7 @@ def measure_speed(args) -> dict:
     }
 
     logprob_s = median_seconds(device, lambda: grpo.log_probs(policy, batch, train_args))
-    batch["old_logp"], _, batch["old_h"] = grpo.log_probs(policy, batch, train_args)
+    batch["old_logp"], batch["old_h"] = grpo.log_probs(policy, batch, train_args)
     batch["ref_logp"] = batch["old_logp"]
     batch["importance"] = grpo.importance_weights(batch, train_args)
     batch["advantage"] = grpo.advantages(batch, {}, train_args)
@@ -251,8 +251,10 @@ def measure_speed(args) -> dict:
     result["grpo update s"] = grpo_s
     for method, seconds in update_s.items():
         result[f"{method}: update/grpo"] = seconds / grpo_s
-    models = 2 if args.beta else 1  # π_old and the reference
-    rest_s = rollout_s + models * logprob_s
+    passes = 0 if policy.samples() else 1  # π_old's
+    if args.beta:
+        passes += 1  # the reference's, which this measures apart from the update
+    rest_s = rollout_s + passes * logprob_s
     for method, seconds in update_s.items():
         result[f"{method}: step/grpo"] = (rest_s + seconds) / (rest_s + grpo_s)
     result["peak memory GB"] = peak_memory() / 2**30

@@ -145,7 +145,7 @@ def sample(policy, tokenizer, rows_of: dict, experts: dict, models: dict, args):
             accuracies = by_domain(domain_metrics(columns), "accuracy")
             accuracy[name, domain] = accuracies.get(domain, float("nan"))
             if name in experts:
-                logp_BT, _, _ = grpo.log_probs(policy, batch, args)
+                logp_BT, _ = grpo.log_probs(policy, batch, args)
                 responses[name, domain] = batch, logp_BT
         cells = " ".join(f"{domain} {accuracy[name, domain]:.2f}" for domain in rows_of)
         print(f"{name}: {cells}", flush=True)
@@ -159,7 +159,7 @@ def kl_of_experts(policy, responses: dict, experts: list[str], domains: list[str
     """
     kl_KD, error_KD = np.zeros((2, len(experts), len(domains)))
     for (expert, domain), (batch, expert_logp_BT) in responses.items():
-        logp_BT, _, _ = grpo.log_probs(policy, batch, args)
+        logp_BT, _ = grpo.log_probs(policy, batch, args)
         log_ratio_B = (expert_logp_BT - logp_BT).sum(1).double().numpy()
         # The error is over prompts, because a prompt's responses are not independent.
         log_ratio_P = log_ratio_B.reshape(-1, args.k).mean(1)

@@ -149,12 +149,16 @@ def make_batch(
         "domain": domain_P.repeat_interleave(group),
         "reward": torch.randint(0, 2, (B,), generator=generator).double(),
     }
+    # the responses of a group have one prompt, its first row's
+    in_prompt_BT = position_T < start_B[:, None]
+    first_rows_BT = batch["ids"][::group].repeat_interleave(group, 0)
+    batch["ids"] = torch.where(in_prompt_BT, first_rows_BT, batch["ids"])
     batch["ids"][position_T == length_B[:, None] - 1] = 0
     batch["advantage"] = grpo.advantages(batch, {}, flags()).to(dtype)
     batch["importance"] = torch.ones_like(batch["advantage"])
     batch["correct"] = batch["reward"] > 0
     with torch.no_grad():
-        batch["old_logp"], _, mean_h_BH = policy(batch["ids"], batch["mask"])
+        batch["old_logp"], mean_h_BH = policy(batch["ids"], batch["mask"])
     batch["old_h"] = mean_h_BH[:, None]
     noise_BT = torch.randn(B, T, generator=generator, dtype=dtype)
     batch["ref_logp"] = batch["old_logp"] + 0.1 * noise_BT * batch["mask"]

@@ -5,9 +5,9 @@ import torch
 import transformers as hf
 
 import grpo
-from common import engines, hub, models
+from common import hub, models
 from common.errors import UserError
-from conftest import make_policy
+from conftest import flags, make_batch, make_policy
 from sources.toy import toy_tokenizer
 
 VOCAB = len(toy_tokenizer())
@@ -203,14 +203,21 @@ def test_a_sampler_that_is_not_the_trainers_model_stops_the_run(saved, tmp_path,
 @pytest.mark.parametrize("gap, is_refused", [(0.0, False), (9e-4, False), (2e-3, True)])
 def test_how_far_the_hf_sampler_may_be_off(gap, is_refused):
     policy = make_policy()
-    per_token = [{"log_w": torch.tensor([0.0, -gap])}, {"log_w": torch.tensor([])}]
+    batch = make_batch(policy)
+    batch["sampler_logp"] = batch["old_logp"].clone()
+    batch["sampler_logp"][0, batch["length"][0] - 1] -= gap
+    policy.sampled_after = policy.updates  # as a rollout leaves it
     if is_refused:
         with pytest.raises(UserError, match="does not support this model"):
-            engines.check_hf_sampler(policy, per_token)
+            grpo.backward(policy, batch, flags())
     else:
-        engines.check_hf_sampler(policy, per_token)
-    policy.bf16 = True
-    engines.check_hf_sampler(policy, per_token)
+        stats = grpo.backward(policy, batch, flags())
+        assert stats["mismatch/max"] == pytest.approx(gap, abs=1e-5)
+    policy.bf16 = True  # left to the importance weights
+    grpo.backward(policy, batch, flags())
+    policy.bf16 = False
+    policy.updates += 1  # π_θ is not what was sampled from any more
+    assert "mismatch/max" not in grpo.backward(policy, batch, flags())
 
 
 # ---------------- the hub ----------------

@@ -69,6 +69,42 @@ def test_samples_do_not_depend_on_the_rest_of_the_batch_and_transformers_generat
         assert theirs[: len(ours)] == ours
 
 
+def test_a_token_is_where_the_cumulative_distribution_passes_the_number():
+    """The same token as by a plain sum in float64, and never an impossible one."""
+    generator = torch.Generator().manual_seed(3)
+    vocab = 3 * sampler.BLOCK + 17
+    logits = 4 * torch.randn(200, vocab, generator=generator)
+    logits[:, sampler.BLOCK : 2 * sampler.BLOCK] = -torch.inf  # a whole block, and the last tokens
+    logits[:, -20:] = -torch.inf
+    uniform = torch.rand(200, generator=generator, dtype=torch.float64)
+    uniform[0], uniform[1] = 0.0, 1 - 2**-53
+    tokens, logps = sampler.sample(logits, uniform, 0.7)
+    expected = torch.log_softmax(logits.double() / 0.7, 1)
+    cumulative = expected.exp().cumsum(1)
+    for b, token in enumerate(tokens.tolist()):
+        before = cumulative[b, token - 1].item() if token else 0.0
+        assert before - 1e-6 <= uniform[b] <= cumulative[b, token] + 1e-6
+        assert logits[b, token] > -torch.inf
+        assert logps[b].item() == pytest.approx(expected[b, token].item(), abs=1e-5)
+    greedy, logps = sampler.sample(logits, uniform, 0.0)
+    assert torch.equal(greedy, logits.argmax(1))
+    own = torch.log_softmax(logits.double(), 1).gather(1, greedy[:, None])[:, 0]
+    assert torch.allclose(logps.double(), own, atol=1e-5)
+
+
+def test_the_models_own_attention_is_back_after_sampling(architecture):
+    policy = make_policy(architecture)
+    own = policy.model.config._attn_implementation
+    used = set()
+    hook = policy.model.register_forward_hook(
+        lambda *call: used.add(policy.model.config._attn_implementation)
+    )
+    sampler.generate(policy, [[5, 6], [7]], torch.rand(4, 3, dtype=torch.float64), 1.0)
+    hook.remove()
+    assert used == {sampler.GROUPED}
+    assert policy.model.config._attn_implementation == own == "sdpa"
+
+
 def test_an_unknown_cache_is_refused():
     config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=40, state_size=4)
     policy = grpo.Policy(MambaForCausalLM(config).eval(), 40, [0])
