@@ -14,11 +14,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 import jinja2
 import torch
 
 from common.errors import UserError
+from common.formats import system_prompt
 from common.keys import rng
 from common.models import context_of
 from common.rows import DOMAINS, lagging_domain
@@ -84,7 +86,7 @@ def train_and_eval_rows(
             "science without --verifier-url: an option's letter, a number (to 1 %) or an equal "
             "text is right; anything else is wrong"
         )
-    system, limit = args.system_prompt, args.max_prompt_tokens
+    system, limit = partial(system_prompt, args=args), args.max_prompt_tokens
     train_rows = encode_prompts(train_rows, tokenizer, system, limit, date=args.date)
     eval_rows = encode_prompts(eval_rows, tokenizer, system, limit, "evaluation", args.date)
     return train_rows, eval_rows
@@ -128,20 +130,23 @@ def needs_verifier(row: dict) -> bool:
 
 
 def encode_prompts(
-    rows: list[dict], tokenizer, system: str, limit: int, name: str = "--data", date: str = ""
+    rows: list[dict], tokenizer, system, limit: int, name: str = "--data", date: str = ""
 ) -> list[dict]:
     """Copies of the rows with two more fields: "ids", the prompt's tokens, and "opened".
 
     The tokenizer's chat template writes the prompt; if there is none, the prompt is plain text.
     "opened" is the part of the response that the prompt ends with already, such as "<think>\\n".
     Prompts of more than `limit` tokens are dropped, and a message says how many.
-    system: the system prompt, "" for none. name: what the messages call the rows. date: what a
-    template is told that asks for the date; "" for today's. Raises UserError when no row is left.
+    system: the system prompt, "" for none, or a function from a row to it. name: what the messages
+    call the rows. date: what a template is told that asks for the date; "" for today's. Raises
+    UserError when no row is left.
     """
+    system_of = system if callable(system) else lambda row: system
     encoded = []
     dropped = Counter()  # domain → rows
     incomplete = 0  # prompts that lack a part of what they were made from
     for row in rows:
+        system = system_of(row)
         has_template = bool(tokenizer.chat_template)
         text = chat_text(row, tokenizer, system, date) if has_template else plain_text(row, system)
         try:

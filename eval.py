@@ -30,6 +30,7 @@ import json
 import math
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import mpmath
@@ -59,6 +60,7 @@ from common.files import (
     write_jsonl,
     write_text,
 )
+from common.formats import system_prompt
 from common.keys import hash_of
 from common.models import context_of
 from common.reports import unknown_text
@@ -86,6 +88,7 @@ SAMPLING = (
     "--rollout-tokens",
     "--dtype",
     "--reward-scheme",
+    "--reward-format",
     "--verifier-url",
     "--judge-url",
     "--judge-both-orders",
@@ -411,7 +414,7 @@ def encode_rows(rows: list[dict], tokenizer, args) -> list[dict]:
     encoded = data.encode_prompts(
         rows,
         tokenizer,
-        args.system_prompt,
+        partial(system_prompt, args=args),
         args.max_prompt_tokens,
         "--data and --benchmarks",
         args.date,

@@ -516,6 +516,7 @@ def rollout(
         args.sandbox_url,
         count_tokens,
         truncated_B,
+        args.reward_format,
     )
 
     # d. The batch for this rank's updates; its columns [B], and samples to read, of all ranks.

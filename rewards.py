@@ -1,7 +1,8 @@
 r"""Rewards: score(responses, rows) → one Score per response, by the checker of the row's domain.
 
 Schemes: "cgpo" (CGPO paper, appendix C.3; the default), "m2rl" (0 or 1; the response only needs
-</think>), and eval.py's "lenient" (0 or 1; a response without </think> is all answer). In "cgpo":
+</think>), and eval.py's "lenient" (0 or 1; a response without </think> is all answer). The format
+that "cgpo" asks for: common/formats.py. In "cgpo":
 
     domain     right                             wrong   invalid format     source
     math       1                                 −0.5    −1                 C.3, r_math
@@ -23,6 +24,7 @@ from typing import NamedTuple
 
 from checkers import code, ifeval, sandbox
 from checkers.calls import UNREADABLE, holds_call, normal_call, read_calls
+from checkers.fences import blocks_of
 from checkers.latex import paired_braces
 from checkers.servers import ask_all
 from checkers.math_answers import equal_at_sight, to_symbolic
@@ -30,6 +32,7 @@ from checkers.short_answers import LETTER, short_answer_equal
 from checkers.third_party import critic_prompts, critic_score
 from checkers.workers import WORKERS, ask_workers
 from common.errors import UserError
+from common.formats import FORMATS, form_of, format_of, runs_code
 from common.keys import rng
 from common.packages import package_path
 from common.rows import DOMAINS, prompt_text
@@ -85,16 +88,19 @@ def score(
     sandbox_url: str = "",
     count_tokens=count_words,
     truncated: list[bool] | None = None,
+    reward_format: str = "released",
 ) -> list[Score]:
     """One Score per response; rows[i] is the row that responses[i] answers.
 
     count_tokens: text → its length, for r_qa. truncated: whether each response was cut at the limit
-    of tokens; then it is invalid, whatever stands in it (None: none was cut). Raises UserError for
-    an unknown scheme, and for a row that no checker can judge (an unknown constraint id; writing
-    without a judge).
+    of tokens; then it is invalid, whatever stands in it (None: none was cut). reward_format: what
+    "cgpo" asks for (common/formats.py). Raises UserError for an unknown scheme or format, and for a
+    row that no checker can judge (an unknown constraint id; writing without a judge).
     """
     if scheme not in SCHEMES:
         raise UserError(f"--reward-scheme {scheme}: not cgpo, m2rl or lenient")
+    if reward_format not in FORMATS:
+        raise UserError(f"--reward-format {reward_format}: not released or strict")
     check_rows(rows, judge_url, sandbox_url)
 
     # 1. The answer in each response. A response whose format is invalid is not judged.
@@ -106,7 +112,7 @@ def score(
         if truncated and truncated[i]:
             scores[i] = Score(invalid_reward, False, False, "truncated")
             continue
-        answer, fault = read_answer(response, row, scheme)
+        answer, fault = read_answer(response, row, scheme, reward_format)
         if answer is None:
             scores[i] = Score(invalid_reward, False, False, f"format: {fault}")
         else:
@@ -179,7 +185,12 @@ FIELDS = {
     "critic": {"checklist": list},
 }
 # Fields that a row may have → the values that they may have.
-VALUES = {"judge": ("rhyme",), "match": ("last-word",), "mode": ("strict", "loose")}
+VALUES = {
+    "judge": ("rhyme",),
+    "match": ("last-word",),
+    "mode": ("strict", "loose"),
+    "format": FORMATS,
+}
 
 
 def check_rows(rows: list[dict], judge_url: str, sandbox_url: str) -> None:
@@ -195,11 +206,6 @@ def check_rows(rows: list[dict], judge_url: str, sandbox_url: str) -> None:
         packaged_constraints += check_constraints(row)
     ifeval.try_packaged(packaged_constraints)
     check_gym_rows(rows)
-
-
-def runs_code(row: dict) -> bool:
-    """Do the row's tests run a model's program? The toy's expressions are not run."""
-    return row["domain"] == "code" and "gym" not in row and "expression" not in row["tests"]
 
 
 def check_checker_name(row: dict) -> None:
@@ -289,8 +295,10 @@ def check_constraints(row: dict) -> list[tuple[str, dict]]:
 SPECIAL_TOKEN = re.compile(r"(?:<\|\w{1,20}\|>|</s>)\s{0,9}$")  # which no tokenizer took out
 
 
-def read_answer(response: str, row: dict, scheme: str) -> tuple[str | None, str]:
-    """Call extract_answer by the rules of the scheme and the row's domain."""
+def read_answer(
+    response: str, row: dict, scheme: str, reward_format: str = "released"
+) -> tuple[str | None, str]:
+    """Call extract_answer by the rules of the scheme, the format and the row's domain."""
     if scheme == "lenient":
         thought, closing, rest = response.rpartition("</think>")
         # A thought may speak of its own end: the last </think> counts. One that was opened, after
@@ -302,7 +310,17 @@ def read_answer(response: str, row: dict, scheme: str) -> tuple[str | None, str]
     is_short = "gym" in row or row["domain"] in ("math", "science")
     if "gym" not in row and row["domain"] == "science" and LETTER.fullmatch(row["answer"].strip()):
         is_short = False
-    return extract_answer(response, strict=scheme == "cgpo", unwrap=is_short)
+    is_strict = scheme == "cgpo" and format_of(row, reward_format) == "strict"
+    answer, fault = extract_answer(response, is_strict, unwrap=is_short)
+    if answer is None or scheme != "cgpo" or is_strict:
+        return answer, fault
+    rest = response.rpartition("</think>")[2]
+    form = form_of(row, reward_format)
+    if form == "answer" and "</answer>" not in rest and boxed(rest) is None:
+        return None, "no <answer> and no \\boxed"
+    if form == "code" and not blocks_of(answer):
+        return None, "no block of code"
+    return answer, ""
 
 
 def extract_answer(

@@ -15,12 +15,14 @@ import math
 import os
 import re
 import time
+from functools import partial
 
 import torch
 
 import data
 from common import checkpoints, cli, ranks, runs, sampler
 from common.errors import UserError
+from common.formats import in_form, system_prompt
 from common.keys import rng
 from common.models import context_of
 from data import micro_batches, take
@@ -115,12 +117,12 @@ OWN_ANSWER_TOKENS = 64  # of an answer that the model gives itself
 
 
 def format_rows(args, tokenizer, policy) -> list[dict]:
-    """Rows of --data with a "response" in the format: <think>…</think><answer>…</answer>.
+    """Rows of --data with a "response" in the form that --reward-format pays (common/formats.py).
 
-    The answer is the row's reference: its "answer" or "reference", or its "solution" as a block of
-    code. A row that has none of them gets the model's own greedy answer to the bare prompt, right
-    or wrong: what is taught is the format. A quarter of each domain's prompts is left out, among
-    them all that a run may hold out for evaluation.
+    The answer is the row's reference: its "answer", "reference" or "solution". A row that has none
+    of them gets the model's own greedy answer to the bare prompt, right or wrong: what is taught is
+    the form. A quarter of each domain's prompts is left out, among them all that a run may hold out
+    for evaluation.
     """
     training, _ = data.hold_out(load_rows(args.data), per_domain=10**9)
     training = data.select_domains(training, args.domains)
@@ -140,7 +142,7 @@ def format_rows(args, tokenizer, policy) -> list[dict]:
     warm = []
     for row in chosen:
         answer = reference_answer(row) or own[row["id"]]
-        response = f"<think>{THOUGHT}</think><answer>{answer}</answer>"
+        response = in_form(row, THOUGHT, answer, args.reward_format)
         warm.append({**row, "response": response})
     return warm
 
@@ -151,9 +153,7 @@ def reference_answer(row: dict) -> str:
         return row.get("answer", "")
     if row["domain"] == "writing":
         return row.get("reference", "")
-    if "solution" in row:
-        return f"\n```python\n{row['solution'].strip()}\n```\n"
-    return ""
+    return row.get("solution", "")
 
 
 def own_answers(rows: list[dict], tokenizer, policy) -> dict[str, str]:
@@ -198,8 +198,8 @@ def parse_args(argv: list[str] | None = None):
     add(
         "--format-warmup",
         action="store_true",
-        help="teach only the format <think>…</think><answer>…</answer>, by the prompts of --data "
-        f"and their reference answers; its defaults: {warm_up}",
+        help="teach only the form that --reward-format pays, by the prompts of --data and their "
+        f"reference answers; its defaults: {warm_up}",
     )
     add(
         "--warmup-share",
@@ -212,6 +212,7 @@ def parse_args(argv: list[str] | None = None):
         "--model",
         "--domains",
         "--system-prompt",
+        "--reward-format",
         "--max-prompt-tokens",
         "--lr",
         "--warmup-steps",
@@ -250,7 +251,7 @@ def encode_rows(args, tokenizer, policy, limit: int) -> list[dict]:
         if not isinstance(row.get("response"), str):
             raise UserError(f'row {row["id"]}: field "response" is missing (sft.py trains on it)')
     longest = min(args.max_prompt_tokens, limit - 1)  # room for a token of the response
-    return data.encode_prompts(rows, tokenizer, args.system_prompt, longest)
+    return data.encode_prompts(rows, tokenizer, partial(system_prompt, args=args), longest)
 
 
 def main(argv: list[str] | None = None) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common import ranks
 from common.errors import UserError
+from common.formats import FORMATS
 from common.rows import DOMAINS
 
 # ---------------- argument types: they check ranges where a flag is defined ----------------
@@ -221,10 +222,6 @@ def run_main(main, advice: str = "--resume continues from the last checkpoint") 
 ROW_SOURCES = (  # sources/load.py reads them
     ".jsonl files, folders of them, toy, real, humaneval, gym:<task>[,<task>…], cgpo, m2rl"
 )
-SYSTEM_PROMPT = (
-    "Reason first, inside <think> and </think>. Then give only the final answer, inside <answer> "
-    "and </answer>."
-)
 FLAGS = {
     # model and data
     "--model": {
@@ -260,8 +257,8 @@ FLAGS = {
         "science, writing and the rest; self-paced: easy prompts first",
     },
     "--system-prompt": {
-        "default": SYSTEM_PROMPT,
-        "help": "the system prompt, which asks the model for <think> and <answer>",
+        "default": None,
+        "help": "the system prompt (default: it asks for what --reward-format wants of the domain)",
     },
     "--date": {
         "type": iso_date,
@@ -358,6 +355,13 @@ FLAGS = {
         "default": "cgpo",
         "help": "the rewards. cgpo: +1, −0.5 or −1 as in the CGPO paper; m2rl: 0 or 1; lenient: "
         "0 or 1, and <think> may be missing",
+    },
+    "--reward-format": {
+        "choices": FORMATS,
+        "default": "released",
+        "help": "the form that the scheme cgpo asks for, after </think>. released: <answer> or a "
+        "box in math and science, a block of code in code; strict: <think>…</think> and "
+        "<answer>…</answer> in every domain",
     },
     "--verifier-url": {
         "default": "",

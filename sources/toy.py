@@ -84,6 +84,7 @@ def toy_rows() -> list[dict]:
 def make_row(domain: str, prompt: str, good: str, habit: str, **fields) -> dict:
     """A row of the toy; `fields` are the domain's own."""
     row = {"id": f"toy/{prompt}", "domain": domain, "prompt": prompt, "good": good, "habit": habit}
+    row["format"] = "strict"  # its demonstrations have <answer> in every domain
     return row | fields
 
 

@@ -15,6 +15,8 @@ The weights of one model at a time are in memory: all models take turns in one p
 Tensor suffixes: P prompts, B sequences, T tokens, K experts, D data domains.
 """
 
+from functools import partial
+
 import numpy as np
 
 import data
@@ -23,6 +25,7 @@ import grpo
 from common.checkpoints import load_weights
 from common.cli import add_flags, natural, non_negative_float, positive_int
 from common.errors import UserError
+from common.formats import system_prompt
 from common.reports import by_domain, domain_metrics
 from common.rows import DOMAINS
 from sources.models import resolve_model
@@ -84,7 +87,7 @@ def run(args):
     args.model = next(iter(experts.values()))
     name, tokenizer, policy = evaluation.open_model(args)
     rows = data.encode_prompts(
-        rows, tokenizer, args.system_prompt, args.max_prompt_tokens, date=args.date
+        rows, tokenizer, partial(system_prompt, args=args), args.max_prompt_tokens, date=args.date
     )
     engine = evaluation.open_sampler(name, policy, rows, args)
     print(

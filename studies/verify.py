@@ -28,6 +28,7 @@ from common import checkpoints, ranks
 from common.cli import add_flags, natural, positive_int
 from common.errors import UserError
 from common.files import write_text
+from common.formats import asking_for
 from common.runs import read_flags
 from common.keys import hash_of
 from common.rows import DOMAINS
@@ -155,11 +156,15 @@ def open_judge(judge: tuple | None, questions: list[dict], settings, folder: str
     with its engine. The weights of later ones are loaded into the same policy.
     """
 
+    system = settings.system_prompt
+    if system is None:
+        system = asking_for("answer")
+
     def encode(tokenizer):
         return data.encode_prompts(
             questions,
             tokenizer,
-            settings.system_prompt,
+            system,
             settings.max_prompt_tokens,
             folder,
             settings.date,

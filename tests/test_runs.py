@@ -285,7 +285,7 @@ def test_sft_cuts_at_the_models_context_and_begins_anew_when_it_was_ended(
 
 
 def test_every_function_does_work_in_a_plain_run(toy, tmp_path):
-    """A run, its resumption and one with β = 0 enter all of grpo.py: it has no dead hooks."""
+    """A run, its resumption and one with β = 0 in bf16 enter all of grpo.py: no dead hooks."""
     entered = set()
 
     def profile(frame, event, _):
@@ -297,7 +297,8 @@ def test_every_function_does_work_in_a_plain_run(toy, tmp_path):
     try:
         grpo.main(["--steps", "1", *flags, str(tmp_path / "run")])
         grpo.main(["--steps", "2", *flags, str(tmp_path / "run"), "--resume"])
-        grpo.main(["--steps", "1", *flags, str(tmp_path / "other"), "--beta", "0"])
+        other = [str(tmp_path / "other"), "--beta", "0", "--dtype", "bfloat16"]
+        grpo.main(["--steps", "1", *flags, *other])
     finally:
         sys.setprofile(None)
 
