@@ -112,7 +112,7 @@ def train(
 # ---------------- the warm start: rows in the format ----------------
 
 WARM_UP = {"steps": 12, "batch_rows": 8, "lr": 5e-5, "warmup_steps": 3, "max_tokens": 512}
-THOUGHT = "I read the request and answer it."
+THOUGHT = "I answer as asked."  # of a row without a "thought"
 OWN_ANSWER_TOKENS = 64  # of an answer that the model gives itself
 
 
@@ -142,7 +142,7 @@ def format_rows(args, tokenizer, policy) -> list[dict]:
     warm = []
     for row in chosen:
         answer = reference_answer(row) or own[row["id"]]
-        response = in_form(row, THOUGHT, answer, args.reward_format)
+        response = in_form(row, row.get("thought", THOUGHT), answer, args.reward_format)
         warm.append({**row, "response": response})
     return warm
 

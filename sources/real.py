@@ -47,64 +47,74 @@ def some_of(domain: str, rows: list[dict]) -> list[dict]:
 
 PEOPLE = ("Ann", "Ben", "Carla", "Dan", "Eva", "Finn", "Gita", "Hugo")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
+
+
+def math_row(prompt: str, thought: str, answer: int, level: int) -> dict:
+    """A row; "thought" is how the answer is found, for sft.py --format-warmup."""
+    return {"prompt": prompt, "thought": thought, "answer": str(answer), "level": level}
 
 
 def sum_rows() -> list[dict]:
-    """Plain arithmetic: with numbers up to 10 (level 1), with larger ones up to 20 (level 2)."""
+    """Plain arithmetic: numbers up to 9 (level 1), up to 20 or in words (level 2), products (3)."""
     rows = []
-    for a, b in itertools.product(range(2, 21), repeat=2):
-        level = 1 if max(a, b) <= 10 else 2
-        rows.append({"prompt": f"What is {a} + {b}?", "answer": str(a + b), "level": level})
-        if a > b:
-            rows.append({"prompt": f"What is {a} - {b}?", "answer": str(a - b), "level": level})
-        if max(a, b) <= 10:
-            rows.append({"prompt": f"What is {a} times {b}?", "answer": str(a * b), "level": 2})
+    for a, b in itertools.product(range(1, 21), repeat=2):
+        level = 1 if max(a, b) <= 9 else 2
+        if min(a, b) <= 9:
+            rows.append(math_row(f"What is {a} + {b}?", f"{a} + {b} = {a + b}", a + b, level))
+        if b < a and b <= 9:
+            rows.append(math_row(f"What is {a} - {b}?", f"{a} - {b} = {a - b}", a - b, level))
+        if max(a, b) <= 9:
+            words = f"{NUMBER_WORDS[a]} plus {NUMBER_WORDS[b]}"
+            prompt = f"What is {words}? Answer with a number."
+            rows.append(math_row(prompt, f"{a} + {b} = {a + b}", a + b, 2))
+        if 2 <= a <= b <= 9:
+            rows.append(math_row(f"What is {a} times {b}?", f"{a} * {b} = {a * b}", a * b, 3))
     return rows
 
 
 def story_rows() -> list[dict]:
-    """Stories of one step (level 2) and of two (level 3)."""
+    """Stories of one step (level 2) and of two (level 3), with numbers up to 9."""
     rows = []
     for number, (person, thing) in enumerate(itertools.product(PEOPLE, THINGS)):
-        for i in range(12):
-            draw = rng("real story", number, i)
-            a, b = (int(value) for value in draw.integers(3, 20, 2))
-            c = int(draw.integers(2, 10))
-            have = f"{person} has {a} {thing}."
-            now = f"How many {thing} does {person} have now?"
-            stories = [
-                (f"{have} A friend gives {person} {b} more. {now}", a + b, 2),
-                (
-                    f"{have} {person} gives {min(a - 1, c)} of them away. {now}",
-                    a - min(a - 1, c),
-                    2,
-                ),
-                (
-                    f"{person} has {c} boxes with {b} {thing} in each. How many {thing} is that "
-                    "in all?",
-                    b * c,
-                    2,
-                ),
-                (
-                    f"{have} {person} buys {b} more and then loses {c}. {now}",
-                    a + b - c,
-                    3,
-                ),
-                (
-                    f"{have} {person} buys {c} bags with {b} {thing} in each. {now}",
-                    a + b * c,
-                    3,
-                ),
-            ]
-            prompt, answer, level = stories[i % len(stories)]
-            rows.append({"prompt": prompt, "answer": str(answer), "level": level})
+        draw = rng("real story", number)
+        a, b, c = (int(value) for value in draw.integers(2, 10, 3))
+        less, more = sorted((a, b + 1))
+        has = f"{person} has"
+        now = f"How many {thing} does {person} have now?"
+        rows += [
+            math_row(
+                f"{has} {a} {thing}. A friend gives {person} {b} more. {now}",
+                f"{a} + {b} = {a + b}",
+                a + b,
+                2,
+            ),
+            math_row(
+                f"{has} {more} {thing}. {person} gives {less} of them away. {now}",
+                f"{more} - {less} = {more - less}",
+                more - less,
+                2,
+            ),
+            math_row(
+                f"{has} {a} boxes with {b} {thing} in each. How many {thing} is that in all?",
+                f"{a} * {b} = {a * b}",
+                a * b,
+                3,
+            ),
+            math_row(
+                f"{has} {a} {thing}, buys {b} more and then finds {c}. {now}",
+                f"{a} + {b} = {a + b}, {a + b} + {c} = {a + b + c}",
+                a + b + c,
+                3,
+            ),
+        ]
     return rows
 
 
 def math_rows() -> list[dict]:
-    """As many sums as stories."""
+    """Sums, and half as many stories."""
     sums, stories = sum_rows(), story_rows()
-    order = rng("real stories").permutation(len(stories))[: len(sums)]
+    order = rng("real stories").permutation(len(stories))[: len(sums) // 2]
     return sums + [stories[i] for i in sorted(order)]
 
 
@@ -112,73 +122,116 @@ def math_rows() -> list[dict]:
 
 # (what a function of a number does, with the constant k; its expression; constants; level)
 OF_A_NUMBER = [
-    ("returns {n} plus {k}", "{n} + {k}", range(1, 13), 1),
-    ("returns {n} minus {k}", "{n} - {k}", range(1, 13), 1),
-    ("returns {n} times {k}", "{n} * {k}", range(2, 13), 1),
+    ("returns {n} plus {k}", "{n} + {k}", range(2, 7), 1),
+    ("returns {n} minus {k}", "{n} - {k}", range(2, 7), 1),
+    ("returns twice {n} plus {k}", "2 * {n} + {k}", range(1, 7), 1),
     (
         "returns {k} if {n} is negative, and {n} itself otherwise",
         "{k} if {n} < 0 else {n}",
-        range(0, 8),
+        range(0, 6),
         2,
     ),
-    ("returns the remainder of {n} divided by {k}", "{n} % {k}", range(2, 10), 2),
-    ("returns True if {n} is larger than {k}, and False otherwise", "{n} > {k}", range(0, 12), 2),
+    ("returns True if {n} is larger than {k}, and False otherwise", "{n} > {k}", range(0, 6), 2),
     (
         "returns True if {n} is divisible by {k}, and False otherwise",
         "{n} % {k} == 0",
-        range(2, 10),
+        range(2, 7),
         2,
     ),
-    ("returns twice {n} plus {k}", "2 * {n} + {k}", range(1, 10), 2),
-    ("returns the larger one of {n} and {k}", "max({n}, {k})", range(0, 10), 2),
-    ("returns the square of {n} minus {k}", "{n} ** 2 - {k}", range(1, 10), 2),
+    ("returns the larger one of {n} and {k}", "max({n}, {k})", range(0, 6), 2),
+    ("returns the square of {n} minus {k}", "{n} ** 2 - {k}", range(1, 7), 2),
+    ("returns the distance between {n} and {k}", "abs({n} - {k})", range(1, 7), 3),
     (
-        "returns the sum of the whole numbers from 1 to {n}, plus {k}",
-        "sum(range({n} + 1)) + {k}",
-        range(0, 5),
+        "returns half of {n} if {n} is even, and {n} plus {k} otherwise",
+        "{n} // 2 if {n} % 2 == 0 else {n} + {k}",
+        range(1, 7),
+        3,
+    ),
+    (
+        "returns {n} if it lies between 0 and {k}, and 0 otherwise",
+        "{n} if 0 <= {n} <= {k} else 0",
+        range(4, 10),
+        3,
+    ),
+    (
+        "returns the list of the first {k} multiples of {n}, {n} itself included",
+        "[{n} * i for i in range(1, {k} + 1)]",
+        range(2, 6),
         3,
     ),
 ]
 # The same for a list of numbers …
 OF_A_LIST = [
-    ("returns the first item of {n}", "{n}[0]", 1),
     ("returns the last item of {n}", "{n}[-1]", 1),
-    ("returns how many items {n} has", "len({n})", 1),
     ("returns the sum of {n}", "sum({n})", 1),
-    ("returns the largest item of {n}", "max({n})", 1),
     ("returns the smallest item of {n}", "min({n})", 1),
     ("returns {n} in reverse order, as a list", "{n}[::-1]", 2),
-    ("returns the items of {n} in rising order", "sorted({n})", 2),
+    ("returns the items of {n} in falling order", "sorted({n}, reverse=True)", 2),
     ("returns {n} with each item doubled, as a list", "[2 * x for x in {n}]", 2),
-    ("returns the even items of {n}, as a list", "[x for x in {n} if x % 2 == 0]", 3),
+    ("returns {n} without its first item", "{n}[1:]", 2),
+    ("returns the even items of {n}, as a list", "[x for x in {n} if x % 2 == 0]", 2),
+    ("returns the sum of the first and the last item of {n}", "{n}[0] + {n}[-1]", 2),
     (
         "returns the difference between the largest and the smallest item of {n}",
         "max({n}) - min({n})",
         2,
     ),
-    ("returns {n} without its first item", "{n}[1:]", 2),
+    ("returns the sum of the squares of {n}", "sum(x ** 2 for x in {n})", 3),
+    ("returns how many items of {n} are larger than 3", "sum(x > 3 for x in {n})", 3),
+    ("returns every second item of {n}, beginning with the first one", "{n}[::2]", 3),
+    ("returns the place of the largest item of {n}, counted from 0", "{n}.index(max({n}))", 3),
+    ("returns True if {n} is in rising order, and False otherwise", "{n} == sorted({n})", 3),
+    (
+        "returns the sum of the items of {n} that are not negative",
+        "sum(x for x in {n} if x > 0)",
+        3,
+    ),
+    ("returns {n} without its smallest item, as a list", "[x for x in {n} if x != min({n})]", 3),
 ]
 # … and for a text
 OF_A_TEXT = [
-    ("returns the length of {n}", "len({n})", 1),
     ("returns {n} in capital letters", "{n}.upper()", 1),
-    ("returns {n} in small letters", "{n}.lower()", 1),
-    ("returns the first letter of {n}", "{n}[0]", 1),
     ("returns the last letter of {n}", "{n}[-1]", 1),
-    ("returns {n} spelled backwards", "{n}[::-1]", 2),
     ("returns {n} followed by an exclamation mark", "{n} + '!'", 1),
+    ("returns {n} spelled backwards", "{n}[::-1]", 2),
     ("returns {n} written twice, without a space", "{n} * 2", 2),
     ("returns how often the letter a occurs in {n}", "{n}.count('a')", 2),
     ("returns True if {n} begins with the letter b, and False otherwise", "{n}.startswith('b')", 2),
     ("returns the number of words in {n}", "len({n}.split())", 2),
+    ("returns the first word of {n}", "{n}.split()[0]", 2),
+    ("returns the first and the last letter of {n}, as one text", "{n}[0] + {n}[-1]", 2),
+    ("returns {n} without its spaces", "{n}.replace(' ', '')", 2),
     ("returns True if {n} reads the same backwards, and False otherwise", "{n} == {n}[::-1]", 3),
+    (
+        "returns the words of {n} in reverse order, with a space between",
+        "' '.join({n}.split()[::-1])",
+        3,
+    ),
+    ("returns the number of different letters in {n}", "len(set({n}))", 3),
+    ("returns the length of the longest word in {n}", "max(len(w) for w in {n}.split())", 3),
+    ("returns {n} with each letter written twice", "''.join(2 * c for c in {n})", 3),
+    ("returns the letters of {n} in the order of the alphabet", "''.join(sorted({n}))", 3),
 ]
 NUMBERS = (0, 1, 4, 7, -3, 12)
 LISTS = ([3, 1, 2], [5], [4, 8, 6, 7], [-2, 9, 0, 10])
 TEXTS = ("banana", "Anna", "level", "a big Bear")
 NUMBER_NAMES = (("f", "x"), ("compute", "n"), ("change", "number"))
-LIST_NAMES = (("f", "items"), ("solve", "numbers"), ("pick", "values"), ("work", "data"))
-TEXT_NAMES = (("f", "text"), ("solve", "word"), ("change", "s"), ("work", "line"))
+LIST_NAMES = (
+    ("f", "items"),
+    ("g", "xs"),
+    ("solve", "numbers"),
+    ("pick", "values"),
+    ("work", "data"),
+    ("check", "a"),
+)
+TEXT_NAMES = (
+    ("f", "text"),
+    ("g", "t"),
+    ("solve", "word"),
+    ("change", "s"),
+    ("work", "line"),
+    ("look", "name"),
+)
 
 
 def function_row(name: str, argument: str, task: str, expression: str, values, level: int) -> dict:
@@ -239,18 +292,25 @@ MEASURES = {  # larger than the ones before it
 LETTERS = "ABC"
 
 
-def choice_row(question: str, right: str, wrong: list[str], level: int) -> dict:
+def choice_row(question: str, right: str, wrong: list[str], level: int, by_letter: bool) -> dict:
     """A row with three options in an order that depends on the question."""
     options = [right, *wrong]
     order = rng("real options", question, *options).permutation(3)
-    lines = [f"{letter}) {options[i]}" for letter, i in zip(LETTERS, order)]
-    answer = LETTERS[list(order).index(0)]
-    prompt = "\n".join([question, *lines, "Answer with the letter alone."])
+    shown = [options[i] for i in order]
+    if by_letter:
+        lines = [f"{letter}) {option}" for letter, option in zip(LETTERS, shown)]
+        prompt = "\n".join([question, *lines, "Answer with the letter alone."])
+        answer = LETTERS[list(order).index(0)]
+    else:
+        prompt = (
+            f"{question} {shown[0]}, {shown[1]} or {shown[2]}? Answer with the right one alone."
+        )
+        answer = right
     return {"prompt": prompt, "answer": answer, "level": level}
 
 
 def science_rows() -> list[dict]:
-    """What a word is (level 1), opposites (level 2), comparisons (level 3)."""
+    """What a word is (level 1), opposites and comparisons (2); the same by letter (3)."""
     rows = []
     for kind, words in KINDS.items():
         others = []
@@ -259,18 +319,21 @@ def science_rows() -> list[dict]:
                 others += names
         for i, word in enumerate(words * 3):
             wrong = [str(name) for name in rng("real kind", kind, i).choice(others, 2, False)]
-            rows.append(choice_row(f"Which of these is {kind}?", word, wrong, 1))
+            by_letter = i >= 2 * len(words)
+            level = 3 if by_letter else 1
+            rows.append(choice_row(f"Which one is {kind}:", word, wrong, level, by_letter))
     pairs = [pair.split() for pair in OPPOSITES.split(", ")]
     words = [word for pair in pairs for word in pair]
-    for i, (first, second) in enumerate(pairs * 3 + [pair[::-1] for pair in pairs * 3]):
+    for i, (first, second) in enumerate(pairs * 2 + [pair[::-1] for pair in pairs * 2]):
         others = [word for word in words if word not in (first, second)]
         wrong = [str(word) for word in rng("real opposite", first, i).choice(others, 2, False)]
-        rows.append(choice_row(f"Which word is the opposite of {first}?", second, wrong, 2))
+        question = f"Which word is the opposite of {first}:"
+        rows.append(choice_row(question, second, wrong, 2, by_letter=False))
     for comparison, things in MEASURES.items():
         for triple in itertools.combinations(things, 3):
             *smaller, largest = triple
-            question = f"Which one {comparison} than the others?"
-            rows.append(choice_row(question, largest, list(smaller), 3))
+            question = f"Which one {comparison} than the others:"
+            rows.append(choice_row(question, largest, list(smaller), 2, by_letter=False))
     return rows
 
 
@@ -315,57 +378,37 @@ def plain(constraint_id: str, text: str, **kwargs) -> tuple:
 
 NO_COMMA = plain("punctuation:no_comma", "Do not use any commas.")
 QUOTED = plain("startend:quotation", "Put your whole answer in double quotation marks.")
-POSTSCRIPT = plain(
-    "detectable_content:postscript",
-    "Add a postscript that begins with P.S.",
-    postscript_marker="P.S.",
-)
-CAPITALS = plain(
-    "change_case:capital_word_frequency",
-    "Write at least 3 words in capital letters.",
-    capital_relation="at least",
-    capital_frequency=3,
-)
-TITLE = plain("detectable_format:title", "Give it a title in double angle brackets, like <<this>>.")
+SMALL = plain("change_case:english_lowercase", "Use small letters only, no capital letters.")
 SENTENCES = plain(
     "length_constraints:number_sentences",
     "Write at least 3 sentences.",
     relation="at least",
     num_sentences=3,
 )
-BULLETS = plain(
-    "detectable_format:number_bullet_lists",
-    "Write exactly 3 bullet points, each on a line that begins with *.",
-    num_bullets=3,
-)
-HIGHLIGHTS = plain(
+HIGHLIGHT = plain(
     "detectable_format:number_highlighted_sections",
-    "Highlight at least 2 parts with asterisks, like *this*.",
-    num_highlights=2,
+    "Highlight at least 1 part with asterisks, like *this*.",
+    num_highlights=1,
 )
 ENDING = plain(
     "startend:end_checker", "End with the words: That is all.", end_phrase="That is all."
 )
-NEVER = plain(
-    "keywords:forbidden_words",
-    "Do not use the words: very, and, is.",
-    forbidden_words=["very", "and", "is"],
-)
-BOTH = plain("keywords:existence", "Use the words: always, small.", keywords=["always", "small"])
+NO_THE = plain("keywords:forbidden_words", "Do not use the word the.", forbidden_words=["the"])
+ALWAYS = plain("keywords:existence", "Use the word always.", keywords=["always"])
 # Two constraints that no single word meets, and the level
 PAIRS = (
-    (NO_COMMA, at_least(12), 1),
+    (at_least(10), fewer_than(30), 1),
+    (NO_COMMA, at_least(10), 1),
     (NO_COMMA, SENTENCES, 1),
-    (at_least(15), fewer_than(40), 1),
+    (NO_COMMA, at_least(16), 1),
+    (ALWAYS, at_least(8), 2),
+    (ALWAYS, SENTENCES, 2),
+    (NO_THE, at_least(8), 2),
     (QUOTED, at_least(8), 2),
-    (POSTSCRIPT, at_least(10), 2),
-    (ENDING, at_least(10), 2),
-    (BOTH, fewer_than(30), 2),
-    (TITLE, at_least(12), 2),
-    (CAPITALS, at_least(8), 3),
-    (BULLETS, NO_COMMA, 3),
-    (HIGHLIGHTS, at_least(10), 3),
-    (NEVER, at_least(12), 3),
+    (SENTENCES, fewer_than(30), 2),
+    (SMALL, at_least(8), 3),
+    (ENDING, at_least(8), 3),
+    (HIGHLIGHT, at_least(8), 3),
 )
 
 
