@@ -89,11 +89,28 @@ TOY = {
     "engine": "hf",  # vllm takes longer to start than the toy takes to train
     "engine_memory": 0.02,  # if --engine vllm is given
 }
+SMOLLM2 = {  # for two CPU cores
+    "steps": 30,
+    "batch_prompts": 8,
+    "mini_batch_prompts": 8,
+    "group_size": 6,
+    "beta": 0.0,
+    "max_prompt_tokens": 128,
+    "max_new_tokens": 64,
+    "micro_batch_tokens": 4096,
+    "lr": 3e-5,
+    "data": ["real"],
+    "domain_mix": "equal",
+    "eval_prompts": 100,
+    "eval_samples": 2,
+    "engine": "hf",
+}
 
 
 def parse_args(argv: list[str] | None = None):
-    """The flags. Defaults are the CGPO paper's (sections 4.1 and C.4); --model toy has its own."""
-    parser = cli.Parser(__doc__, toy=TOY | ALGO_TOY)
+    """The flags. Defaults are the CGPO paper's (sections 4.1 and C.4), but for two models' own."""
+    defaults_of = {"toy": TOY | ALGO_TOY, "smollm2": SMOLLM2 | ALGO_SMOLLM2}
+    parser = cli.Parser(__doc__, defaults_of=defaults_of)
     add = parser.add_argument
     add("--steps", type=cli.natural, default=0, help="steps, each with one rollout; 0: one epoch")
     add("--batch-prompts", type=cli.positive_int, default=128, help="prompts per step")
@@ -143,8 +160,8 @@ def parse_args(argv: list[str] | None = None):
     cli.add_flags(parser, *cli.FLAGS)  # those that are not about the method: common/cli.py
     add_algo_arguments(parser.add_argument_group("this algorithm's own flags"))
     args = parser.parse_args(argv)
-    if args.model == "toy":  # parse again, so that flags that were given still win
-        parser.set_defaults(**(TOY | ALGO_TOY))
+    if args.model in defaults_of:  # parse again, so that flags that were given still win
+        parser.set_defaults(**defaults_of[args.model])
         args = parser.parse_args(argv)
     check_arguments(parser, args)
     return args
@@ -171,6 +188,7 @@ def check_arguments(parser, args) -> None:
 from common.rows import DOMAINS
 
 ALGO_TOY = {"lr": 1e-3}  # K sub-steps of lr/K move less under Adam than one joint step
+ALGO_SMOLLM2 = {"lr": 6e-5}
 
 
 def add_algo_arguments(group) -> None:

@@ -190,20 +190,21 @@ def add_own_flags(parser) -> None:
 def parse_sampling(parser, argv):
     """The parsed flags of a parser that has the flags of SAMPLING.
 
-    The toy's defaults hold if the model is the toy, or if the only rows are the toy's: then the
-    model is one that was trained from the toy.
+    The defaults of the toy and of smollm2 hold for these models, and if the only rows are theirs:
+    then the model is one that was trained from them.
     """
     # ranks.place() reads these two, which are flags in training only.
     parser.set_defaults(cpu_offload=False, checkpoint_activations=False)
     args = parser.parse_args(argv)
-    if args.model == "toy" or args.data == ["toy"]:
-        toy_defaults = {}
-        for name, value in grpo.TOY.items():
-            # --data has no default here, and --batch-prompts means something else than in training
-            if name in vars(args) and name not in ("data", "batch_prompts"):
-                toy_defaults[name] = value
-        parser.set_defaults(**toy_defaults)
-        args = parser.parse_args(argv)
+    for model, rows, defaults in (("toy", "toy", grpo.TOY), ("smollm2", "real", grpo.SMOLLM2)):
+        if args.model == model or args.data == [rows]:
+            own = {}
+            for name, value in defaults.items():
+                # --data has no default here, and --batch-prompts means something else than in training
+                if name in vars(args) and name not in ("data", "batch_prompts"):
+                    own[name] = value
+            parser.set_defaults(**own)
+            return parser.parse_args(argv)
     return args
 
 

@@ -5,7 +5,7 @@ A row (common/rows.py) needs a "response". The token that ends the response is t
     python sft.py --model Qwen2.5-0.5B --data demonstrations.jsonl --steps 500
     python sft.py --model Qwen3-4B-Base --data blend.jsonl --lr 5e-5 --weight-decay 0.1 \\
         --warmup-share 0.1 --batch-rows 512 --max-tokens 32768    # the M2RL paper's, one epoch
-    python sft.py --model smollm2 --format-warmup --out runs/warm    # teaches the format alone
+    python sft.py --model smollm2-raw --format-warmup --out runs/warm    # the format alone
     python sft.py --model toy     # builds the toy, which every script does when it is missing
 
 Suffixes: B sequences, T tokens.
@@ -111,7 +111,7 @@ def train(
 
 # ---------------- the warm start: rows in the format ----------------
 
-WARM_UP = {"steps": 12, "batch_rows": 8, "lr": 5e-5, "warmup_steps": 3, "max_tokens": 512}
+WARM_UP = {"steps": 16, "batch_rows": 16, "lr": 5e-5, "warmup_steps": 3, "max_tokens": 512}
 THOUGHT = "I answer as asked."  # of a row without a "thought"
 OWN_ANSWER_TOKENS = 64  # of an answer that the model gives itself
 
@@ -193,7 +193,7 @@ def parse_args(argv: list[str] | None = None):
         nargs="+",
         default=[],
         help='.jsonl files of rows with a "response", or folders; with --format-warmup, what a '
-        "training takes as --data (default for smollm2: real)",
+        "training takes as --data (default for smollm2-raw: real)",
     )
     add(
         "--format-warmup",
@@ -228,7 +228,7 @@ def parse_args(argv: list[str] | None = None):
     if args.format_warmup:  # parse again, so that flags that were given still win
         parser.set_defaults(**WARM_UP)
         args = parser.parse_args(argv)
-        if args.model == "smollm2" and not args.data:
+        if args.model in ("smollm2", "smollm2-raw") and not args.data:
             args.data = ["real"]
     if args.model != "toy" and not args.data:
         parser.error(f"--model {args.model} needs --data")

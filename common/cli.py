@@ -117,17 +117,18 @@ class Parser(argparse.ArgumentParser):
     """argparse without abbreviations; a wrong flag prints one line instead of the usage.
 
     doc: the script's docstring, shown by --help. usage: the arguments before the flags.
-    toy: {attribute: default} that `--model toy` has instead, shown at the end of --help.
+    defaults_of: {model: {attribute: default}}, what that --model has instead, shown at the end of
+    --help.
     """
 
-    def __init__(self, doc: str, usage: str = "", toy: dict | None = None):
+    def __init__(self, doc: str, usage: str = "", defaults_of: dict | None = None):
         super().__init__(
             prog=script_name(),
             description=doc,
             usage=f"%(prog)s {usage}[flags]",
             allow_abbrev=False,
             formatter_class=Help,
-            epilog=toy_defaults(toy) if toy else "",
+            epilog=defaults_text(defaults_of) if defaults_of else "",
         )
         # argparse takes -1e-3 for a flag (before Python 3.14)
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
@@ -144,19 +145,22 @@ def script_name() -> str:
     return spec.name if spec else Path(sys.argv[0]).name
 
 
-def toy_defaults(toy: dict) -> str:
-    """The end of --help: the defaults of `--model toy`, written as flags."""
-    flags = []
-    for name, value in toy.items():
-        if isinstance(value, (list, tuple)):
-            text = " ".join(map(str, value))
-        elif value == "":
-            text = "''"
-        else:
-            text = str(value)
-        flags.append(f"--{name.replace('_', '-')} {text}")
-    lines = textwrap.fill(" ".join(flags), 118, break_on_hyphens=False)
-    return f"In brackets: the default. --model toy has its own:\n{lines}"
+def defaults_text(defaults_of: dict[str, dict]) -> str:
+    """The end of --help: the defaults of some models, written as flags."""
+    parts = ["In brackets: the default."]
+    for model, defaults in defaults_of.items():
+        flags = []
+        for name, value in defaults.items():
+            if isinstance(value, (list, tuple)):
+                text = " ".join(map(str, value))
+            elif value == "":
+                text = "''"
+            else:
+                text = str(value)
+            flags.append(f"--{name.replace('_', '-')} {text}")
+        lines = textwrap.fill(" ".join(flags), 118, break_on_hyphens=False)
+        parts.append(f"--model {model} has its own:\n{lines}")
+    return "\n".join(parts)
 
 
 def add_flags(parser, *names: str, **defaults) -> None:
@@ -227,7 +231,7 @@ FLAGS = {
     "--model": {
         "default": "toy",
         "help": "the model: a folder, organisation/name, a bare name such as Qwen2.5-7B-Instruct, "
-        "or toy",
+        "toy, or smollm2 (docs/data.md)",
     },
     "--data": {
         "nargs": "+",

@@ -36,8 +36,9 @@ def sample(logits_BV, uniform_B, temperature: float, top_p: float = 1.0):
     weight_BV = scaled_BV.exp()  # the probabilities, but for a factor
     # In float64, in which sums of many small weights are exact enough; block by block, so that only
     # one block's weights become float64 one by one.
-    padding = -weight_BV.shape[1] % BLOCK
-    weight_BKV = torch.nn.functional.pad(weight_BV, (0, padding)).unflatten(1, (-1, BLOCK))
+    block = min(BLOCK, weight_BV.shape[1])
+    padding = -weight_BV.shape[1] % block
+    weight_BKV = torch.nn.functional.pad(weight_BV, (0, padding)).unflatten(1, (-1, block))
     cumulative_BK = weight_BKV.sum(2, dtype=torch.float64).cumsum(1)
     total_B1 = cumulative_BK[:, -1:]
     if temperature:
@@ -64,7 +65,7 @@ def token_at(threshold_B1, weight_BKV, cumulative_BK):
     below_end_B1 = end_B1.nextafter(torch.zeros_like(end_B1))
     rest_B1 = torch.minimum(threshold_B1 - before_B1, below_end_B1)
     place_B1 = torch.searchsorted(cumulative_BV, rest_B1, right=True)
-    return (block_B1 * BLOCK + place_B1)[:, 0]
+    return (block_B1 * weight_BKV.shape[2] + place_B1)[:, 0]
 
 
 def nucleus(logits_BV, temperature: float, top_p: float):

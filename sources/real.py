@@ -1,6 +1,6 @@
 """Prompts for a real language model of 135 M parameters: four domains, offline, graded.
 
-    python grpo.py --model smollm2 --data real
+    python cgpo.py --model smollm2    # has --data real by default
 
     math     one sum, or a story of one or two steps; the answer is a whole number
     code     "Write a Python function …", of a line or two; tests call the function
@@ -381,14 +381,9 @@ QUOTED = plain("startend:quotation", "Put your whole answer in double quotation 
 SMALL = plain("change_case:english_lowercase", "Use small letters only, no capital letters.")
 SENTENCES = plain(
     "length_constraints:number_sentences",
-    "Write at least 3 sentences.",
+    "Write at least 2 sentences.",
     relation="at least",
-    num_sentences=3,
-)
-HIGHLIGHT = plain(
-    "detectable_format:number_highlighted_sections",
-    "Highlight at least 1 part with asterisks, like *this*.",
-    num_highlights=1,
+    num_sentences=2,
 )
 ENDING = plain(
     "startend:end_checker", "End with the words: That is all.", end_phrase="That is all."
@@ -397,18 +392,18 @@ NO_THE = plain("keywords:forbidden_words", "Do not use the word the.", forbidden
 ALWAYS = plain("keywords:existence", "Use the word always.", keywords=["always"])
 # Two constraints that no single word meets, and the level
 PAIRS = (
-    (at_least(10), fewer_than(30), 1),
-    (NO_COMMA, at_least(10), 1),
+    (at_least(8), fewer_than(30), 1),
+    (NO_COMMA, at_least(8), 1),
     (NO_COMMA, SENTENCES, 1),
-    (NO_COMMA, at_least(16), 1),
-    (ALWAYS, at_least(8), 2),
+    (SENTENCES, fewer_than(40), 1),
+    (NO_THE, at_least(6), 2),
+    (ALWAYS, at_least(6), 2),
+    (at_least(8), fewer_than(16), 2),
     (ALWAYS, SENTENCES, 2),
-    (NO_THE, at_least(8), 2),
-    (QUOTED, at_least(8), 2),
-    (SENTENCES, fewer_than(30), 2),
-    (SMALL, at_least(8), 3),
-    (ENDING, at_least(8), 3),
-    (HIGHLIGHT, at_least(8), 3),
+    (NO_THE, SENTENCES, 2),
+    (QUOTED, at_least(6), 3),
+    (SMALL, at_least(6), 3),
+    (ENDING, at_least(6), 3),
 )
 
 
