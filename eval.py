@@ -200,7 +200,7 @@ def parse_sampling(parser, argv):
         if args.model == model or args.data == [rows]:
             own = {}
             for name, value in defaults.items():
-                # --data has no default here, and --batch-prompts means something else than in training
+                # --data has no default here, and --batch-prompts means something else
                 if name in vars(args) and name not in ("data", "batch_prompts"):
                     own[name] = value
             parser.set_defaults(**own)

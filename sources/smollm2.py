@@ -8,8 +8,8 @@ four bits (Q4_1). They are made into fp32 once, and written to runs/smollm2 as a
 517 MB. So its numbers are those of 4-bit weights, not of the published bfloat16 ones.
 
     smollm2-raw   this model
-    smollm2       this model after `sft.py --format-warmup`, also made once, in runs/smollm2-warm. By
-                  itself it never writes <think>, so that every reward would be −1
+    smollm2       this model after `sft.py --format-warmup`, also made once, in runs/smollm2-warm,
+                  because by itself it never writes <think>: every reward would be −1
 """
 
 import fcntl

@@ -7,7 +7,7 @@ import transformers as hf
 import grpo
 from common import hub, models
 from common.errors import UserError
-from conftest import flags, make_batch, make_policy
+from conftest import make_batch, make_policy
 from sources.toy import toy_tokenizer
 
 VOCAB = len(toy_tokenizer())
@@ -207,17 +207,18 @@ def test_how_far_the_hf_sampler_may_be_off(gap, is_refused):
     batch["sampler_logp"] = batch["old_logp"].clone()
     batch["sampler_logp"][0, batch["length"][0] - 1] -= gap
     policy.sampled_after = policy.updates  # as a rollout leaves it
+    args = grpo.parse_args([])
     if is_refused:
         with pytest.raises(UserError, match="does not support this model"):
-            grpo.backward(policy, batch, flags())
+            grpo.backward(policy, batch, args)
     else:
-        stats = grpo.backward(policy, batch, flags())
+        stats = grpo.backward(policy, batch, args)
         assert stats["mismatch/max"] == pytest.approx(gap, abs=1e-5)
     policy.bf16 = True  # left to the importance weights
-    grpo.backward(policy, batch, flags())
+    grpo.backward(policy, batch, args)
     policy.bf16 = False
     policy.updates += 1  # π_θ is not what was sampled from any more
-    assert "mismatch/max" not in grpo.backward(policy, batch, flags())
+    assert "mismatch/max" not in grpo.backward(policy, batch, args)
 
 
 # ---------------- the hub ----------------

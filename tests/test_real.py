@@ -1,20 +1,19 @@
 """The prompts of --data real, and the model smollm2 if its packages are installed."""
 
 import importlib.util
+import re
 from collections import Counter
 
 import pytest
 
 import rewards
+import sft
+from common.formats import in_form
 from common.rows import check_row
 from sources import real, smollm2
 from sources.load import load_rows
 
 DOMAINS = ("math", "code", "science", "if")
-
-
-def in_format(answer: str) -> str:
-    return f"<think>so</think><answer>{answer}</answer>"
 
 
 def rows_of(domain: str) -> list[dict]:
@@ -38,42 +37,65 @@ def test_four_domains_have_several_hundred_prompts_each():
 
 
 def test_the_reference_answers_are_right():
-    for domain in ("math", "science"):
+    for domain in ("math", "science", "code"):
         rows = rows_of(domain)
-        scores = rewards.score([in_format(row["answer"]) for row in rows], rows)
-        assert all(score.correct for score in scores)
+        answers = [in_form(row, "so", sft.reference_answer(row), "released") for row in rows]
+        for row, score in zip(rows, rewards.score(answers, rows)):
+            assert score.correct, (row["prompt"], score.why)
+
+
+def test_the_thoughts_end_in_the_answers():
+    for row in rows_of("math"):
+        *_, last = row["thought"].split(" = ")
+        assert last == row["answer"]
+        equations = row["thought"].split(", ")
+        assert all(eval(e.replace(" = ", " == ")) for e in equations), row["thought"]
+
+
+def test_every_option_and_every_letter_is_right_about_as_often():
+    rows = rows_of("science")
+    letters = Counter(row["answer"] for row in rows if row["level"] == 3)
+    assert letters.keys() == set("ABC")
+    assert min(letters.values()) > 0.2 * letters.total()
+    places = Counter()
+    for row in rows:
+        if row["level"] < 3:
+            options = re.split(", | or ", re.search(r": (.*)\?", row["prompt"])[1])
+            places[options.index(row["answer"])] += 1
+    assert places.keys() == {0, 1, 2}
+    assert min(places.values()) > 0.25 * places.total()
+
+
+def test_no_function_is_solved_by_giving_back_its_argument():
     rows = rows_of("code")
-    answers = [in_format(f"\n```python\n{row['solution']}```\n") for row in rows]
-    for row, score in zip(rows, rewards.score(answers, rows)):
-        assert score.correct, (row["prompt"], score.why)
-
-
-def test_each_letter_is_right_about_as_often():
-    counts = Counter(row["answer"] for row in rows_of("science"))
-    assert counts.keys() == set("ABC")
-    assert min(counts.values()) > 0.25 * counts.total()
+    answers = []
+    for row in rows:
+        head = row["solution"].splitlines()[0]
+        argument = head[head.index("(") + 1 : head.index(")")]
+        answers.append(in_form(row, "so", f"{head}\n    return {argument}", "released"))
+    assert not any(score.correct for score in rewards.score(answers, rows))
 
 
 def test_no_word_meets_a_pair_of_constraints():
     rows = rows_of("if")
     for word in ("Yes.", "yes", '"YES"', "That is all."):
-        scores = rewards.score([in_format(word)] * len(rows), rows)
+        scores = rewards.score([f"<think>so</think>{word}"] * len(rows), rows)
         assert not any(score.correct for score in scores), word
 
 
 EXAMPLES = [  # an answer for each of PAIRS, in order
-    "a long answer without that sign which has more than twelve words in it",
-    "It is old. It is grey. It stands there.",
-    "This answer has more than fifteen words but it is still a good deal shorter than forty.",
-    '"It is an answer of more than eight words."',
-    "It rains all day and the street is wet. P.S. Take a coat.",
+    "This answer has more than eight words but fewer than thirty.",
+    "a long answer without that sign which has more than eight words in it",
+    "It is old. It is grey.",
+    "It is old. It is grey.",
+    "This answer has more than six words.",
+    "There is always a small one in the garden.",
+    "This answer has more than eight words in it.",
+    "It is always old. It is grey.",
+    "It is old. It is grey.",
+    '"It is an answer of more than six words."',
+    "it is an answer of more than six words.",
     "This answer is long enough and then it ends. That is all.",
-    "There is always a small one.",
-    "<<Rain>> It falls on the roof and on the street all day long.",
-    "It is VERY BIG and OLD but it still stands.",
-    "* one\n* two\n* three",
-    "There are *two* parts in this text that are *marked* by stars.",
-    "It stands on a hill; people see it when they come from town.",
 ]
 
 
@@ -82,7 +104,7 @@ def test_each_pair_of_constraints_can_be_met():
     pairs = [[first[0], second[0]] for first, second, _ in real.PAIRS]
     for row in rows:
         answer = EXAMPLES[pairs.index(row["constraints"])]
-        (score,) = rewards.score([in_format(answer)], [row])
+        (score,) = rewards.score([f"<think>so</think>{answer}"], [row])
         assert score.correct, (answer, row["constraints"], score.why)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -18,8 +19,11 @@ from checkers import code, ifeval, ifevalg, servers, workers
 from checkers.option_letters import option_of_response
 from common.errors import UserError
 from conftest import ROOT
-from rewards import extract_answer, score
+from rewards import extract_answer
 from sources.packaged import gym_rows, humaneval_rows
+
+# (--reward-format released: test_formats.py)
+score = partial(rewards.score, reward_format="strict")
 
 
 def wrap(answer: str, thought: str = "so") -> str:
