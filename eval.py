@@ -61,7 +61,7 @@ from common.files import (
     write_text,
 )
 from common.formats import system_prompt
-from common.keys import hash_of
+from common.keys import hash_of, rng
 from common.models import context_of
 from common.reports import unknown_text
 from common.rows import DOMAINS, prompt_text
@@ -171,6 +171,13 @@ def add_own_flags(parser) -> None:
         default=0,
         help="evaluate only the prompts that training holds out with --eval-prompts N; "
         "0: evaluate all",
+    )
+    add(
+        "--limit",
+        type=natural,
+        default=0,
+        help="at most this many prompts of each benchmark, and of each domain of --data, drawn by "
+        "--seed; 0: all",
     )
     add("--batch-prompts", type=positive_int, default=512, help="prompts between two saves")
     add(
@@ -387,7 +394,21 @@ def load_evaluation_rows(args) -> list[dict]:
                 f"--held-out {args.held_out}: training holds out at most a quarter of a domain's "
                 "prompts, and no domain has four: leave out --held-out"
             )
-    return rows
+    return draw_rows(rows, args.limit, args.seed) if args.limit else rows
+
+
+def draw_rows(rows: list[dict], limit: int, seed: int) -> list[dict]:
+    """At most `limit` rows of each benchmark and of each other domain, in their present order.
+
+    Which ones depends on the seed and on the rows' ids alone, and a larger limit keeps them.
+    """
+    parts = collections.defaultdict(list)
+    for row in rows:
+        parts[row.get("benchmark", ""), row["domain"]].append(row["id"])
+    kept = set()
+    for ids in parts.values():
+        kept.update(sorted(ids, key=lambda name: rng(seed, "limit", name).random())[:limit])
+    return [row for row in rows if row["id"] in kept]
 
 
 def open_model(args):

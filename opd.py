@@ -89,16 +89,16 @@ SMOLLM2 = {  # for two CPU cores
     "steps": 30,
     "batch_prompts": 8,
     "mini_batch_prompts": 8,
-    "group_size": 6,
     "beta": 0.0,
     "max_prompt_tokens": 128,
     "max_new_tokens": 64,
     "micro_batch_tokens": 4096,
-    "lr": 3e-5,
+    "lr": 2e-5,
+    "warmup_steps": 8,  # Adam's first steps are the signs of a gradient that is mostly noise
     "data": ["real"],
     "domain_mix": "equal",
     "eval_prompts": 100,
-    "eval_samples": 2,
+    "eval_samples": 1,
     "engine": "hf",
 }
 
@@ -186,7 +186,7 @@ from functools import partial
 from common.rows import DOMAINS
 
 ALGO_TOY = {"group_size": 8}  # as the toy has it in the other files
-ALGO_SMOLLM2 = {"group_size": 6}
+ALGO_SMOLLM2 = {"group_size": 8}
 
 
 def add_algo_arguments(group) -> None:
@@ -443,7 +443,7 @@ def backward(policy, batch: Batch, args, forward=None) -> dict[str, float]:
     forward: a function to call in place of the policy. (for opd.py)
     """
     # Before a step's first update, the pass shows whether π_old is what the hf engine sampled from.
-    is_check = not forward and policy.samples() and policy.updates == policy.sampled_after
+    is_check = not forward and policy.sampler_is_exact() and policy.updates == policy.sampled_after
     largest_gap = 0.0
     forward = forward or policy
     batch = batch | {"weight": token_weights(batch, args)}
@@ -738,8 +738,8 @@ class Policy(torch.nn.Module):
         self.sharded = False
         self.shares_prompts = False  # a prompt runs once for all its responses (common/prompts.py)
 
-    def samples(self) -> bool:
-        """Does the hf engine sample, in fp32? Then its log-probs are those of π_old."""
+    def sampler_is_exact(self) -> bool:
+        """Does the hf engine sample in fp32? Then its log-probs are those of π_old."""
         return not self.engine and not self.bf16
 
     def autocast(self):
@@ -848,7 +848,7 @@ def add_log_probs(policy, batch: Batch, args) -> list[dict]:
     """
     mask_BT = batch["mask"]
     per_token = {}
-    if policy.samples():
+    if policy.sampler_is_exact():
         batch["old_logp"] = batch["sampler_logp"]
     else:
         batch["old_logp"], batch["old_h"] = log_probs(policy, batch, args)

@@ -251,7 +251,7 @@ def measure_speed(args) -> dict:
     result["grpo update s"] = grpo_s
     for method, seconds in update_s.items():
         result[f"{method}: update/grpo"] = seconds / grpo_s
-    passes = 0 if policy.samples() else 1  # π_old's
+    passes = 0 if policy.sampler_is_exact() else 1  # π_old's
     if args.beta:
         passes += 1  # the reference's, which this measures apart from the update
     rest_s = rollout_s + passes * logprob_s

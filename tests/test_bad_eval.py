@@ -120,6 +120,7 @@ FLAGS = {
     "--top-p": ["0", "2"],
     "--pass-at": ["-1", "3"],
     "--held-out": ["-1"],
+    "--limit": ["-1", "x"],
     "--batch-prompts": ["0"],
     "--benchmarks": ["nonesuch"],
     "--source": ["x", "humaneval=x"],

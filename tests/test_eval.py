@@ -1,6 +1,7 @@
 """eval.py's scores by hand: pass@k and unknown verdicts, intervals, and what it prints of them."""
 
 import itertools
+import collections
 import json
 import math
 
@@ -293,6 +294,21 @@ def test_an_evaluation_with_unknown_verdicts(failures, warned, toy, tmp_path, ca
     assert "pass@3 (prompts)" in printed
     assert f"({scores['pass_prompts']})" in printed
     assert ("warning: 5 of 128 responses (3.9%) have no verdict (if 5)" in printed) == warned
+
+
+def test_a_limit_draws_rows_of_each_part_by_the_seed():
+    rows = []
+    for part in ({"domain": "math"}, {"domain": "code"}, {"domain": "code", "benchmark": "b"}):
+        rows += [part | {"id": f"{len(rows) + i}"} for i in range(20)]
+    drawn = evaluation.draw_rows(rows, 5, seed=0)
+    parts = collections.Counter((row["domain"], row.get("benchmark")) for row in drawn)
+    assert parts == {("math", None): 5, ("code", None): 5, ("code", "b"): 5}
+    assert drawn == [row for row in rows if row in drawn]  # their order stays
+    assert drawn == evaluation.draw_rows(rows, 5, seed=0)
+    assert drawn != evaluation.draw_rows(rows, 5, seed=1)
+    more = evaluation.draw_rows(rows, 9, seed=0)
+    assert all(row in more for row in drawn)
+    assert evaluation.draw_rows(rows, 100, seed=0) == rows
 
 
 # ---------------- finished evaluations side by side ----------------
