@@ -91,14 +91,14 @@ TOY = {
     "engine_memory": 0.02,  # if --engine vllm is given
 }
 SMOLLM2 = {  # for two CPU cores
-    "steps": 30,
+    "steps": 36,
     "batch_prompts": 8,
     "mini_batch_prompts": 8,
     "beta": 0.0,
     "max_prompt_tokens": 128,
     "max_new_tokens": 64,
     "micro_batch_tokens": 4096,
-    "lr": 2e-5,
+    "lr": 3e-5,
     "warmup_steps": 8,  # Adam's first steps are the signs of a gradient that is mostly noise
     "data": ["real"],
     "domain_mix": "equal",
