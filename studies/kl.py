@@ -63,8 +63,8 @@ def parse_args(parser, argv):
     )
     add_flags(parser, "--micro-batch-tokens", *evaluation.SAMPLING)
     # load_evaluation_rows() and rollout() read these, which are no flags here: there are no
-    # benchmarks, and all prompts are one mini-batch.
-    parser.set_defaults(benchmarks=[], mini_batch_prompts=1 << 60)
+    # benchmarks, no limit, and all prompts are one mini-batch.
+    parser.set_defaults(benchmarks=[], limit=0, mini_batch_prompts=1 << 60)
     return evaluation.parse_sampling(parser, argv)
 
 

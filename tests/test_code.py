@@ -80,7 +80,8 @@ ANSWERS = [
 def correct(answer: str, tests: dict) -> bool | None:
     """Is the answer right for a row of code with these tests?"""
     row = {"id": "r", "domain": "code", "prompt": "?", "tests": tests}
-    return rewards.score([f"<think>so</think><answer>{answer}</answer>"], [row])[0].correct
+    response = f"<think>so</think><answer>{answer}</answer>"
+    return rewards.score([response], [row], reward_format="strict")[0].correct
 
 
 @pytest.mark.parametrize("answer", ANSWERS)

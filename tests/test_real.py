@@ -52,18 +52,14 @@ def test_the_thoughts_end_in_the_answers():
         assert all(eval(e.replace(" = ", " == ")) for e in equations), row["thought"]
 
 
-def test_every_option_and_every_letter_is_right_about_as_often():
-    rows = rows_of("science")
-    letters = Counter(row["answer"] for row in rows if row["level"] == 3)
-    assert letters.keys() == set("ABC")
-    assert min(letters.values()) > 0.2 * letters.total()
-    places = Counter()
-    for row in rows:
-        if row["level"] < 3:
-            options = re.split(", | or ", re.search(r": (.*)\?", row["prompt"])[1])
-            places[options.index(row["answer"])] += 1
-    assert places.keys() == {0, 1, 2}
-    assert min(places.values()) > 0.25 * places.total()
+def test_the_right_option_stands_in_every_place_about_as_often():
+    places = {2: Counter(), 3: Counter()}  # number of options → places of the right one
+    for row in rows_of("science"):
+        options = re.split(", | or ", re.search(r": (.*)\?", row["prompt"])[1])
+        places[len(options)][options.index(row["answer"])] += 1
+    for count, counter in places.items():
+        assert counter.keys() == set(range(count))
+        assert min(counter.values()) > 0.8 * counter.total() / count
 
 
 def test_no_function_is_solved_by_giving_back_its_argument():
@@ -85,17 +81,17 @@ def test_no_word_meets_a_pair_of_constraints():
 
 EXAMPLES = [  # an answer for each of PAIRS, in order
     "This answer has more than eight words but fewer than thirty.",
+    "This answer has a few more words than the first one but fewer than forty.",
     "a long answer without that sign which has more than eight words in it",
-    "It is old. It is grey.",
-    "It is old. It is grey.",
+    "a longer answer without that sign which has more than twelve words in all of it",
+    "This answer has more than six words.",
+    "This answer has more than ten words because it needs them all.",
+    "This answer has more than eight words in it.",
     "This answer has more than six words.",
     "There is always a small one in the garden.",
-    "This answer has more than eight words in it.",
-    "It is always old. It is grey.",
-    "It is old. It is grey.",
-    '"It is an answer of more than six words."',
+    "This answer has more than six words.",
     "it is an answer of more than six words.",
-    "This answer is long enough and then it ends. That is all.",
+    "There is always a small one behind the old house in the garden.",
 ]
 
 

@@ -21,6 +21,7 @@ import sft
 from common import reports, sampler
 from common.errors import UserError
 from common.files import write_jsonl
+from common.formats import in_form
 from conftest import tiny_model
 from helpers import ALGORITHMS, mean_accuracy, metrics, read_samples, strings
 from sources.toy import toy_rows, toy_tokenizer
@@ -41,7 +42,7 @@ def assert_metrics_are_complete(line: dict) -> None:
     for kind in ("verifier_errors", "prompts"):
         assert {f"{kind}/{d}" for d in TOY_DOMAINS} <= line.keys()
     assert {"loss", "kl", "entropy", "clip_fraction", "grad_norm", "tokens_per_s"} <= line.keys()
-    assert {"mismatch/mean", "mismatch/max"} <= line.keys()
+    assert 0 < line["mismatch/max"] < 1e-4
     assert {"seconds/rollout", "seconds/reward", "seconds/update"} <= line.keys()
     assert line["mismatch/max"] < 1e-4
     assert [line[f"prompts/{d}"] for d in TOY_DOMAINS] == [4] * 5
@@ -390,6 +391,7 @@ def test_the_format_warm_up_teaches_the_format_by_prompts_that_no_run_holds_out(
 
 
 def test_a_reference_program_is_put_into_a_block_of_code():
-    row = {"domain": "code", "solution": "def f(x):\n    return x\n"}
-    assert sft.reference_answer(row) == "\n```python\ndef f(x):\n    return x\n```\n"
+    row = {"domain": "code", "solution": "def f(x):\n    return x\n", "tests": {"asserts": ""}}
+    response = in_form(row, "so", sft.reference_answer(row), "released")
+    assert response == "<think>so</think>\n```python\ndef f(x):\n    return x\n```"
     assert sft.reference_answer({"domain": "if"}) == ""

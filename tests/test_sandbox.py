@@ -32,6 +32,8 @@ from conftest import ROOT
 from sandbox_cases import SQUARE
 from sources.packaged import humaneval_rows
 
+score = functools.partial(rewards.score, reward_format="strict")
+
 RIGHT = "def f(x): return x * x"  # solves SQUARE
 CORES = os.cpu_count() or 1
 
@@ -834,7 +836,7 @@ def answer_with(code: str) -> str:
 def test_rewards_use_the_sandbox_and_refuse_where_it_cannot_seal(monkeypatch):
     row = {"id": "r", "domain": "code", "prompt": "?", "tests": SQUARE}
     codes = [RIGHT, "import os\ndef f(x): return os.fork()", "import os; os._exit(0)"]
-    scores = rewards.score([answer_with(code) for code in codes], [row] * 3)
+    scores = score([answer_with(code) for code in codes], [row] * 3)
     assert [(score.reward, score.why) for score in scores] == [
         (1.0, "right"),
         (-0.5, "sealed-refusal"),
@@ -846,10 +848,10 @@ def test_rewards_use_the_sandbox_and_refuse_where_it_cannot_seal(monkeypatch):
     monkeypatch.setattr(sandbox, "self_test", lambda: refused)
     message = "not refused: fork.*--sandbox-url.*--allow-unsafe-code"
     with pytest.raises(UserError, match=message):
-        rewards.score([answer_with(RIGHT)], [row])
+        score([answer_with(RIGHT)], [row])
 
     monkeypatch.setattr(sandbox, "UNSAFE", True)
-    assert rewards.score([answer_with(RIGHT)], [row])[0].reward == 1.0
+    assert score([answer_with(RIGHT)], [row])[0].reward == 1.0
     checkers.code.check_sandbox.cache_clear()
 
 
@@ -913,14 +915,14 @@ def test_sandbox_fusion_runs_the_code_elsewhere():
     url = f"http://127.0.0.1:{server.server_address[1]}"
     try:
         answers = [answer_with(code) for code, _, _ in codes]
-        scores = rewards.score(answers, rows, sandbox_url=url)
+        scores = score(answers, rows, sandbox_url=url)
         assert [score.reward for score in scores] == [reward for _, _, reward in codes]
         assert {path for path, _ in Fusion.requests} == {"/run_code"}
         assert all(body["language"] == "python" for _, body in Fusion.requests)
     finally:
         server.shutdown()
         server.server_close()
-    score = rewards.score([answer_with("f = 1")], rows[:1], sandbox_url=url)[0]
+    score = score([answer_with("f = 1")], rows[:1], sandbox_url=url)[0]
     assert score.reward is None
     assert score.why.startswith("sandbox-error")
 
