@@ -916,15 +916,15 @@ def test_sandbox_fusion_runs_the_code_elsewhere():
     try:
         answers = [answer_with(code) for code, _, _ in codes]
         scores = score(answers, rows, sandbox_url=url)
-        assert [score.reward for score in scores] == [reward for _, _, reward in codes]
+        assert [each.reward for each in scores] == [reward for _, _, reward in codes]
         assert {path for path, _ in Fusion.requests} == {"/run_code"}
         assert all(body["language"] == "python" for _, body in Fusion.requests)
     finally:
         server.shutdown()
         server.server_close()
-    score = score([answer_with("f = 1")], rows[:1], sandbox_url=url)[0]
-    assert score.reward is None
-    assert score.why.startswith("sandbox-error")
+    result = score([answer_with("f = 1")], rows[:1], sandbox_url=url)[0]
+    assert result.reward is None
+    assert result.why.startswith("sandbox-error")
 
 
 # ---------------- scale and accidents ----------------
