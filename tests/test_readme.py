@@ -101,12 +101,12 @@ COMMANDS = python_commands()
 # ---------------- commands ----------------
 
 
-def test_there_are_commands_and_the_picture():
+def test_there_are_commands_and_two_pictures():
     assert len(page_commands(README)) >= 4
     assert "pip install -r requirements-cpu.txt && python cgpo.py" in README
     assert "pip install -r requirements-cpu.txt && python -m pytest" in README
     assert "python cgpo.py --model Qwen2.5-7B-Instruct" in README
-    assert README.count("![") == 1
+    assert README.count("![") == 2
 
 
 @pytest.mark.parametrize("module, flags", COMMANDS)
