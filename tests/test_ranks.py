@@ -80,7 +80,10 @@ def test_ranks_give_one_ranks_numbers(name, count, alone, tmp_path):
             gap[128:256] = (
                 0  # a key's bias: its gradient is rounding alone, and Adam takes its sign
             )
-        assert gap.max() < 5e-5
+        # One process runs a prompt once for all its responses, torchrun's ranks do not: they round
+        # differently, and Adam scales that up where a gradient is next to 0.
+        assert gap.max() < 1e-4
+        assert gap.mean() < 1e-7
 
 
 @pytest.mark.slow
@@ -101,7 +104,7 @@ def test_resume_on_another_number_of_ranks(first, then, alone, tmp_path):
     "flags",
     [
         ("--checkpoint-activations",),
-        ("--dtype", "bfloat16"),
+        ("--dtype", "bfloat16", "--mini-batch-prompts", 10),
         ("--beta", 0, "--loss-norm", "token"),
     ],
 )
@@ -113,7 +116,7 @@ def test_flags_under_two_ranks(flags, toy, tmp_path):
     if "bfloat16" in flags:  # sums in another order: other samples, soon
         line, other = metrics(one)[1], metrics(two)[1]
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.1)
-        # at the first step the reference is the policy
+        # in the first step's only update the reference is the policy
         assert line["kl"] < 1e-6
         assert other["kl"] < 1e-6
     else:
