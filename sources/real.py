@@ -2,9 +2,9 @@
 
     python cgpo.py --model smollm2    # has --data real by default
 
-    math     one sum, or a story of one or two steps; the answer is a whole number
+    math     one sum or product, plain, in words or as a story; the answer is a whole number
     code     "Write a Python function …", of a line or two; tests call the function
-    science  three options and one right letter: what a word is, which is larger, opposites
+    science  two or three options: what a word is, capitals, opposites, which one is larger
     if       an everyday request with two of IFEval's constraints, which no single word meets
 
 A row's "level" says how hard it is meant to be, from 1. All is a pure function of this file: the
@@ -90,6 +90,7 @@ def story_rows() -> list[dict]:
 
 
 def math_rows() -> list[dict]:
+    """Plain arithmetic and stories."""
     return sum_rows() + story_rows()
 
 
