@@ -343,7 +343,6 @@ NO_COMMA = plain("punctuation:no_comma", "Do not use any commas.")
 NO_THE = plain("keywords:forbidden_words", "Do not use the word the.", forbidden_words=["the"])
 NO_A = plain("keywords:forbidden_words", "Do not use the word a.", forbidden_words=["a"])
 ALWAYS = plain("keywords:existence", "Use the word always.", keywords=["always"])
-SMALL = plain("change_case:english_lowercase", "Use small letters only, no capital letters.")
 # Two constraints that no single word meets, and the level
 PAIRS = (
     (at_least(8), fewer_than(30), 1),
@@ -356,7 +355,7 @@ PAIRS = (
     (at_least(6), fewer_than(12), 2),
     (ALWAYS, at_least(6), 3),
     (NO_A, at_least(6), 3),
-    (SMALL, at_least(6), 3),
+    (NO_A, at_least(10), 3),
     (ALWAYS, at_least(10), 3),
 )
 

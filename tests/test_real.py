@@ -8,6 +8,7 @@ import pytest
 
 import rewards
 import sft
+from checkers import ifeval
 from common.formats import in_form
 from common.rows import check_row
 from sources import real, smollm2
@@ -34,6 +35,13 @@ def test_four_domains_have_several_hundred_prompts_each():
     rewards.check_rows(rows, "", "")
     for domain in DOMAINS:
         assert {row["level"] for row in rows if row["domain"] == domain} == {1, 2, 3}
+
+
+def test_no_row_needs_an_optional_package():
+    """Such as if-verifiable, which a machine that runs these tests may have."""
+    for row in rows_of("if"):
+        for constraint in row["constraints"]:
+            assert constraint["id"] in ifeval.CONSTRAINTS
 
 
 def test_the_reference_answers_are_right():
@@ -90,7 +98,7 @@ EXAMPLES = [  # an answer for each of PAIRS, in order
     "This answer has more than six words.",
     "There is always a small one in the garden.",
     "This answer has more than six words.",
-    "it is an answer of more than six words.",
+    "This answer has more than ten words because it needs them all.",
     "There is always a small one behind the old house in the garden.",
 ]
 
